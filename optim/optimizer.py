@@ -1,0 +1,272 @@
+"""The one optimizer: correction -> rule -> mask -> decoupled weight decay, for every update rule.
+
+    gradient (mean over the global batch, globally clipped)
+      -> correction   none | mars                      optim/correction.py
+      -> rule         adamw | lion | signum | ...      optim/rules/<name>.py
+      -> mask         none | cautious                  optim/mask.py
+      -> param <- (1 - lr wd) param - lr u             Rule.apply
+
+It is an ordinary `torch.optim.Optimizer`: param groups hold plain values (so LR schedulers and
+state_dict see everything that shapes the trajectory), and rules are rebuilt from them. State is
+created with the optimizer, at least in float32 whatever the parameter's precision. Nothing in
+``step`` reads a device value on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim.correction import CORRECTIONS, Correction
+from optim.mask import MASKS, Mask
+from optim.roles import role_of
+from optim.rule import Rule, State
+from optim.rules import build_rule
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Apply to each param group its correction, rule and mask.
+
+    ``groups`` are dicts with ``params`` (a list of (name, parameter)), ``name``, ``rule``,
+    ``hyper`` (the rule's hyper-parameters), ``correction``, ``mars``, ``mask``, ``lr``,
+    ``lr_scale``, ``weight_decay``; `optim.create_optimizer` makes them from an optimizer's name.
+
+    ``compile`` runs the update through ``torch.compile``: one graph per distinct shape, compiled
+    once whatever the depth of the model. ``maximize`` climbs instead of descending.
+    """
+
+    def __init__(
+        self, groups: Iterable[Mapping[str, Any]], *, compile: bool = False, maximize: bool = False
+    ) -> None:
+        groups = [dict(group) for group in groups]
+        # torch calls add_param_group from its constructor: what that needs must exist before
+        self._compile = compile
+        self._updates: dict[Any, Callable[..., None]] = {}
+        self._lr: dict[str, Tensor] = {}
+        defaults = {k: v for k, v in groups[0].items() if k not in ("params", "name")}
+        super().__init__(groups, {**defaults, "maximize": maximize})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, also later; what it does not say is taken from the first group."""
+        param_group.setdefault("name", f"group{len(self.param_groups)}")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for key in ("lr", "weight_decay"):
+            if isinstance(group[key], (int, float)) and not group[key] >= 0:
+                raise ValueError(f"{key} must not be negative, given {group[key]}")
+        if isinstance(group["lr"], Tensor):  # schedulers fill it in place: never share it
+            group["lr"] = group["lr"].clone()
+        rule, correction, _ = self._parts(group)
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            if rule.granularity == "matrix" and param.ndim != 2:
+                raise ValueError(
+                    f"{name} has shape {tuple(param.shape)}, but {group['rule']} updates matrices "
+                    f"only: give it another rule in optim.groups"
+                )
+            self.state[param] = {
+                "step": torch.zeros((), dtype=torch.float64),
+                **rule.init_state(param),
+                **correction.init_state(param),
+            }
+
+    @property
+    def needs_next_batch_gradient(self) -> bool:
+        """Whether the loop must provide, before each step, the gradient of the next batch at the
+        present weights (exact MARS) and announce it with `store_next_batch_gradient`."""
+        return any(self._parts(group)[1].exact for group in self.param_groups)
+
+    @torch.no_grad()
+    def store_next_batch_gradient(self) -> None:
+        """Keep the gradients that lie in ``p.grad`` as those of the next batch."""
+        for group in self.param_groups:
+            if self._parts(group)[1].exact:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self.state[p]["next_grad"].copy_(_signed(p.grad, group))
+
+    def set_lr(self, lr: float) -> None:
+        """Give every group ``lr`` times its own ``lr_scale``."""
+        for group in self.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            rule, correction, mask = self._parts(group)
+            lr = self._lr_tensor(group)
+            for params in self._stacks(rule, group["params"]):
+                states = [self.state[p] for p in params]
+                grads = [_signed(p.grad, group) for p in params]
+                torch._foreach_add_([state["step"] for state in states], 1.0)
+                update = self._update(rule, correction, mask, params)
+                update(params, grads, states, lr=lr, weight_decay=group["weight_decay"])
+        return loss
+
+    def _stacks(self, rule: Rule, params: list[Tensor]) -> list[list[Tensor]]:
+        """Parameters that are updated in one call: all matrices of one shape on a GPU, where one
+        batched product beats many small ones; else one by one, which the caches of a CPU prefer."""
+        params = [p for p in params if p.grad is not None]
+        if rule.granularity != "matrix" or not params or not params[0].is_cuda:
+            return [[p] for p in params]
+        stacks: dict[Any, list[Tensor]] = {}
+        for p in params:
+            step = float(self.state[p]["step"])  # lives on the CPU: not a sync
+            stacks.setdefault((p.shape, p.dtype, step), []).append(p)
+        return list(stacks.values())
+
+    def _parts(self, group: Mapping[str, Any]) -> tuple[Rule, Correction, Mask]:
+        correction = CORRECTIONS[group["correction"]]
+        options = group["mars"] if group["correction"] == "mars" else {}
+        return (
+            build_rule(group["rule"], group["hyper"]),
+            correction(**options),
+            MASKS[group["mask"]],
+        )
+
+    def _lr_tensor(self, group: Mapping[str, Any]) -> Tensor:
+        if isinstance(group["lr"], Tensor):
+            return group["lr"]
+        lr = self._lr.setdefault(group["name"], torch.zeros((), dtype=torch.float64))
+        return lr.fill_(group["lr"])
+
+    def _update(
+        self, rule: Rule, correction: Correction, mask: Mask, params: list[Tensor]
+    ) -> Callable[..., None]:
+        update = partial(_update, rule, correction, mask)
+        if not self._compile:
+            return update
+        key = (rule, correction, mask, params[0].shape, params[0].dtype, len(params))
+        if key not in self._updates:
+            # a code object of its own: dynamo allows 8 variants of one, GPT-2 has 9 shapes
+            own = FunctionType(_update.__code__.replace(), _update.__globals__)
+            own.__kwdefaults__ = _update.__kwdefaults__
+            compiled = torch.compile(own, dynamic=False, fullgraph=True)
+            self._updates[key] = partial(compiled, rule, correction, mask)
+        return self._updates[key]
+
+    # ---- state ----------------------------------------------------------------------------------
+
+    def named_state(self) -> dict[str, Tensor]:
+        """Flat state, "<parameter name>.<key>" -> tensor: what a checkpoint holds."""
+        return {
+            f"{name}.{key}": tensor
+            for group in self.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+            for key, tensor in self.state[p].items()
+        }
+
+    @torch.no_grad()
+    def load_named_state(self, saved: Mapping[str, Tensor]) -> None:
+        """Copy a flat state in place. ValueError if any key, shape or dtype differs."""
+        own = self.named_state()
+        _check_same(own, saved)
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but strict and exact: torch casts every state tensor to the parameter's
+        dtype, aliases the given tensors and drops missing ones silently."""
+        own = {p: self.state[p] for group in self.param_groups for p in group["params"]}
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        if len(ids) != len(own):
+            raise ValueError(f"the state has {len(ids)} parameters, the optimizer {len(own)}")
+        for i, state in zip(ids, own.values(), strict=True):
+            _check_same(state, state_dict["state"].get(i, {}), f"parameter {i}: ")
+        super().load_state_dict(state_dict)
+        for i, (p, state) in zip(ids, own.items(), strict=True):
+            for key, tensor in state.items():
+                tensor.copy_(state_dict["state"][i][key])
+            self.state[p] = state
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per parameter: its group, rule, lr, weight decay and bytes of state."""
+        return [
+            {
+                "parameter": name,
+                "shape": list(p.shape),
+                "role": role_of(name, p),
+                "group": group["name"],
+                "rule": group["rule"],
+                "correction": group["correction"],
+                "mask": group["mask"],
+                "lr": float(group["lr"]),
+                "weight_decay": group["weight_decay"],
+                "state_bytes": sum(t.nbytes for t in self.state[p].values()),
+            }
+            for group in self.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+        ]
+
+
+def _update(
+    rule: Rule,
+    correction: Correction,
+    mask: Mask,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+    *,
+    lr: Tensor,
+    weight_decay: float,
+) -> None:
+    """One update of parameters of one shape; a pure function of tensors, eager or compiled."""
+    step = states[0]["step"]
+    grads = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
+    corrected = [correction(g, s, rule) for g, s in zip(grads, states, strict=True)]
+    if rule.granularity == "matrix":
+        keys = [key for key in states[0] if key != "step" and key not in correction.keys]
+        directions = _stacked_direction(rule, corrected, states, keys, params, step)
+    else:
+        directions = [
+            rule.direction(c, s, p, step) for c, s, p in zip(corrected, states, params, strict=True)
+        ]
+    for p, g, s, u in zip(params, grads, states, directions, strict=True):
+        rule.apply(p, mask(u, g), lr, weight_decay, step)
+        correction.remember(g, s)
+
+
+def _stacked_direction(
+    rule: Rule,
+    grads: list[Tensor],
+    states: list[State],
+    keys: list[str],
+    params: list[Tensor],
+    step: Tensor,
+) -> list[Tensor]:
+    """Directions of matrices of one shape, all in one call on stacks (n, rows, cols)."""
+    stacked = {key: torch.stack([state[key] for state in states]) for key in keys}
+    u = rule.direction(torch.stack(grads), stacked, torch.stack(params), step)
+    for key, stack in stacked.items():
+        for state, tensor in zip(states, stack.unbind(), strict=True):
+            state[key].copy_(tensor)
+    return list(u.unbind())
+
+
+def _signed(grad: Tensor, group: Mapping[str, Any]) -> Tensor:
+    return -grad if group["maximize"] else grad
+
+
+def _check_same(own: Mapping[str, Tensor], saved: Mapping[str, Any], where: str = "") -> None:
+    if own.keys() != saved.keys():
+        missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+        raise ValueError(
+            f"{where}the saved optimizer state is another optimizer's: missing {missing[:3]}, "
+            f"left over {extra[:3]}"
+        )
+    for key, tensor in own.items():
+        given = saved[key]
+        if tensor.shape != given.shape or tensor.dtype != given.dtype:
+            raise ValueError(
+                f"{where}saved state {key} is {given.dtype} {tuple(given.shape)}, "
+                f"expected {tensor.dtype} {tuple(tensor.shape)}"
+            )

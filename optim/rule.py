@@ -1,0 +1,112 @@
+"""What an update rule is.
+
+A rule turns a gradient into a step. It is a frozen dataclass of hyper-parameters with three things:
+``granularity`` (how much of a parameter it must see at once), ``init_state`` and ``direction``. It
+knows nothing of parameter groups, schedules, processes or checkpoints: `optim/optimizer.py` does.
+
+Arithmetic. Rules are plain tensor expressions that run eagerly and under ``torch.compile`` with the
+same result, bit for bit where they keep to the helpers below: ``lerp``, ``addcmul`` and
+``add(alpha=)`` use fused multiply-adds in eager mode and not when compiled, and the eager float32
+``sqrt`` of a CPU is not correctly rounded, while ``mul``, ``add``, ``div`` and ``rsqrt`` agree.
+``step`` and ``lr`` are 0-D float64 CPU tensors: their value changes without recompilation, they do
+not promote a float32 expression, and 1 - beta**step keeps its digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+Granularity = Literal["element", "tensor", "matrix"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Base of all update rules. A subclass adds its hyper-parameters as fields."""
+
+    # element: every entry on its own; tensor: a whole-tensor norm or row and column sums;
+    # matrix: the whole matrix, given as a stack (n, rows, cols) of matrices of one shape.
+    granularity: ClassVar[Granularity] = "element"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # a YAML has lists where we have tuples
+                object.__setattr__(self, field.name, value := tuple(value))
+            if not _same_kind(value, field.default):
+                raise ValueError(
+                    f"{field.name} is {value!r}, expected the like of {field.default!r}"
+                )
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ValueError for a hyper-parameter out of range."""
+
+    @property
+    def momentum(self) -> float:
+        """beta of the first moment; MARS scales its correction with beta / (1 - beta)."""
+        raise ValueError(f"{type(self).__name__} keeps no momentum, which correction=mars needs")
+
+    def init_state(self, param: Tensor) -> State:
+        """Fresh state for one parameter. Created when the optimizer is, so that every rank and
+        every checkpoint has the same keys."""
+        return {}
+
+    def direction(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
+        """The direction u of ``param <- param - lr * u``; ``state`` is updated in place.
+
+        ``step`` counts from 1. For granularity "matrix" all tensors carry a leading stack axis.
+        """
+        raise NotImplementedError
+
+    def apply(
+        self, param: Tensor, u: Tensor, lr: Tensor, weight_decay: float, step: Tensor
+    ) -> None:
+        """Decoupled weight decay on the old value, then the step (Loshchilov and Hutter, 2019)."""
+        param.mul_(1 - lr * weight_decay)
+        param.sub_(lr * u)
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    """Whether a hyper-parameter has its default's type; whole numbers serve as floats."""
+    if isinstance(default, tuple):
+        same_length = isinstance(value, tuple) and len(value) == len(default)
+        return same_length and all(map(_same_kind, value, default))
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(default)
+
+
+def zeros(param: Tensor) -> Tensor:
+    """A zero state of the parameter's shape, at least float32 whatever the parameter is."""
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    return torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def ema_(average: Tensor, x: Tensor, beta: float) -> Tensor:
+    """average <- beta * average + (1 - beta) * x, in place; equal bits eager and compiled."""
+    return average.add_((x - average) * (1 - beta))
+
+
+def ema_of_squares_(average: Tensor, x: Tensor, beta: float) -> Tensor:
+    """average <- beta * average + (1 - beta) * x**2, in place; equal bits eager and compiled."""
+    return average.mul_(beta).add_(x * x * (1 - beta))
+
+
+def root(x: Tensor) -> Tensor:
+    """Square root, equal bits eager and compiled; 0 stays 0 (1/inf)."""
+    return x.rsqrt().reciprocal()
+
+
+def check_beta(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), given {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, given {value}")

@@ -1,0 +1,245 @@
+"""The configuration: a typed schema, and every check that needs no model.
+
+Hydra composes the YAML files and the command line into a tree; this module turns the tree into
+dataclasses. Unknown keys and wrong types are refused with the nearest valid name, then the
+cross-field checks run, all before anything is built, so that a mistake costs a second, not a queue.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from data import DataConfig
+from data.order import SAMPLING
+from data.sources import SOURCES
+from data.tokenizer import TOKENIZERS
+from model import MODELS
+from optim import Schedule, create
+
+
+class ConfigError(ValueError):
+    """Something in the configuration is wrong; the message is one clear line."""
+
+
+@dataclass
+class TrainConfig:
+    steps: int
+    global_batch: int  # sequences per optimizer update, over all processes
+    micro_batch: int | None  # sequences per forward pass; None: the whole global batch
+    accumulation: str  # mean | sum (the MARS code's convention) over micro-batches
+    grad_clip: float | None  # largest global gradient norm; None: no clip
+    precision: str  # auto | fp32 | bf16 | fp16
+    device: str  # auto | cpu | cuda | cuda:1 | mps
+    compile: bool
+    threads: int | None  # CPU threads; None: torch's default
+    eval_every: int  # steps; 0: never
+    eval_tokens: int | None  # size of the fixed validation set; None: the whole split
+    sample_tokens: int  # length of the text generated at each evaluation; 0: none
+    checkpoint_every: int  # steps; 0: never
+    keep_checkpoints: int  # the last k; the best one is kept besides
+    resume: str  # auto | never | path of a run or a checkpoint
+
+
+@dataclass
+class ScheduleConfig:
+    decay_steps: int | None  # where the decay ends; None: train.steps
+    warmup_steps: int | None  # None: warmup_fraction of decay_steps
+    warmup_fraction: float
+    warmup: str
+    decay_fraction: float
+    decay_shape: str
+    final: float
+
+
+@dataclass
+class ParallelConfig:
+    strategy: str
+
+
+@dataclass
+class LoggingConfig:
+    every: int  # steps between lines of metrics.jsonl
+    wandb: str  # online | offline | disabled
+    wandb_project: str
+    tensorboard: bool
+    picture: bool  # draw loss.png
+
+
+@dataclass
+class PathsConfig:
+    runs: str
+    cache: str
+
+
+@dataclass
+class RunConfig:
+    name: str
+    dir: str | None  # None: <paths.runs>/<date>_<name>
+
+
+@dataclass
+class Config:
+    """Everything a run is made of. ``model`` and ``optim`` are open tables, because their keys
+    belong to the model and the update rule; `check` holds them to theirs."""
+
+    seed: int
+    model: dict[str, Any]
+    optim: dict[str, Any]
+    data: DataConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    parallel: ParallelConfig
+    logging: LoggingConfig
+    paths: PathsConfig
+    run: RunConfig
+
+
+CHOICES = {
+    "train.accumulation": ("mean", "sum"),
+    "train.precision": ("auto", "fp32", "bf16", "fp16"),
+    "parallel.strategy": ("none",),
+    "logging.wandb": ("online", "offline", "disabled"),
+    "data.source": tuple(SOURCES),
+    "data.tokenizer": tuple(TOKENIZERS),
+    "data.sampling": tuple(SAMPLING),
+}
+POSITIVE = ("train.steps", "train.global_batch", "train.micro_batch", "train.grad_clip")
+POSITIVE += ("train.threads", "train.eval_tokens", "train.keep_checkpoints", "logging.every")
+POSITIVE += ("data.shard_tokens", "data.prefetch")
+NOT_NEGATIVE = ("train.eval_every", "train.checkpoint_every", "train.sample_tokens")
+NOT_NEGATIVE += ("schedule.warmup_steps", "schedule.warmup_fraction")
+
+
+def load(tree: DictConfig) -> Config:
+    """The typed, checked configuration of a composed tree. Raises ConfigError."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def explain(error: OmegaConfBaseException) -> str:
+    """One line for an error of composition or typing, with the nearest valid name."""
+    key = str(error.full_key or error.key)
+    if isinstance(error, ConfigKeyError | ValidationError) and error.parent_node is not None:
+        name = key.rpartition(".")[2]
+        valid = [str(k) for k in error.parent_node]
+        if name not in valid:
+            return unknown(key, name, valid)
+    text = str(error).splitlines()[0]
+    return f"{key}: {text[0].lower()}{text[1:]}"
+
+
+def unknown(key: str, name: str, valid: list[str]) -> str:
+    """The line for a key that does not exist."""
+    near = difflib.get_close_matches(name, valid, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"valid names are {', '.join(sorted(valid))}"
+    return f"unknown configuration key {key}: {hint}"
+
+
+def check(config: Config) -> None:
+    """Cross-field checks. Raises ConfigError for the first that fails."""
+    for key, valid in CHOICES.items():
+        if (given := _get(config, key)) not in valid:
+            near = difflib.get_close_matches(str(given), valid, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(valid)}"
+            raise ConfigError(f"{key} is {given!r}: {hint}")
+    for key in POSITIVE:
+        if (value := _get(config, key)) is not None and not value > 0:
+            raise ConfigError(f"{key} must be positive, given {value}")
+    for key in NOT_NEGATIVE:
+        if (value := _get(config, key)) is not None and not value >= 0:
+            raise ConfigError(f"{key} must not be negative, given {value}")
+    if not 0 < config.data.val_fraction < 1:
+        raise ConfigError(f"data.val_fraction must be in (0, 1), given {config.data.val_fraction}")
+    accumulation(config.train)
+    try:
+        model_config(config, vocab_size=config.model.get("vocab_size") or 2)
+        schedule(config)
+        groups = create.resolve(**config.optim)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from None
+    exact = any(g["correction"] == "mars" and g["mars"].get("exact") for g in groups.values())
+    if exact and config.train.precision == "fp16":
+        raise ConfigError(
+            "exact MARS takes gradients twice a step, which the fp16 loss scale does "
+            "not follow: use train.precision=bf16 or fp32"
+        )
+
+
+def accumulation(train: TrainConfig) -> int:
+    """Micro-batches per update, or ConfigError where the global batch does not divide."""
+    micro = train.micro_batch or train.global_batch
+    if train.global_batch % micro:
+        fits = [d for d in range(1, train.global_batch + 1) if train.global_batch % d == 0]
+        near = min(fits, key=lambda d: abs(d - micro))
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch="
+            f"{micro}: use a divisor, such as train.micro_batch={near}"
+        )
+    return train.global_batch // micro
+
+
+def model_config(config: Config, vocab_size: int) -> Any:
+    """The model's own typed config; ``vocab_size`` (the tokenizer's) fills a null."""
+    settings = dict(config.model)
+    name = settings.pop("name")
+    if name not in MODELS:
+        raise ConfigError(f"model.name is {name!r}: expected one of {', '.join(MODELS)}")
+    cls = MODELS[name].config
+    valid = [f.name for f in fields(cls)]
+    for key in settings:
+        if key not in valid:
+            raise ConfigError(unknown(f"model.{key}", key, valid))
+    if settings.get("vocab_size") is None:
+        settings["vocab_size"] = vocab_size
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), settings))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"model.{explain(error)}") from None
+
+
+def schedule(config: Config) -> Schedule:
+    s, steps = config.schedule, config.schedule.decay_steps or config.train.steps
+    warmup = math.ceil(s.warmup_fraction * steps) if s.warmup_steps is None else s.warmup_steps
+    return Schedule(steps, warmup, s.warmup, s.decay_fraction, s.decay_shape, s.final)
+
+
+# Keys that may differ between a run and its continuation: they do not shape the trajectory, or only
+# its rounding (micro_batch, threads, compile).
+FREE = ("run", "paths", "logging", "parallel", "data.dir", "data.cache", "data.prefetch")
+FREE += tuple(
+    f"train.{key}"
+    for key in ("micro_batch", "threads", "compile", "device", "resume", "checkpoint_every")
+)
+FREE += ("train.keep_checkpoints", "train.eval_every", "train.eval_tokens", "train.sample_tokens")
+
+
+def trajectory(config: Config) -> dict[str, Any]:
+    """The flat table of settings that decide the weights: equal tables, equal runs."""
+    flat = flatten(asdict(config))
+    free = tuple(f"{key}." for key in FREE)
+    return {key: value for key, value in flat.items() if not f"{key}.".startswith(free)}
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> "a.b.c": leaf; lists and tuples are leaves."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: list(tree) if isinstance(tree, tuple) else tree}
+    return {k: v for key, sub in tree.items() for k, v in flatten(sub, f"{prefix}{key}.").items()}
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value

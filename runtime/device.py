@@ -1,0 +1,120 @@
+"""The hardware under the run: which device, which precision, how fast it could be."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.config import ConfigError, TrainConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# dense bf16 peak in FLOP/s by a part of torch's device name (datasheets); first match wins
+PEAKS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "A40": 150e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+    "3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+@dataclass
+class Device:
+    """A device, the precision of its matrix products, and what differs between kinds of device."""
+
+    device: torch.device
+    precision: str
+    scaler: torch.amp.GradScaler  # does nothing unless the precision is fp16
+
+    @classmethod
+    def choose(cls, train: TrainConfig) -> Device:
+        """The device that ``train.device`` names ("auto": the best there is). Raises ConfigError
+        for a device or precision that this machine does not have."""
+        if train.threads is not None:
+            torch.set_num_threads(train.threads)
+        device = torch.device(best_device() if train.device == "auto" else _parse(train.device))
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index or 0)
+            torch.cuda.set_device(device)
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cudnn.allow_tf32 = True
+        precision = best_precision(device) if train.precision == "auto" else train.precision
+        if precision == "fp16" and device.type == "cpu":
+            raise ConfigError("train.precision=fp16 needs a GPU: use bf16 or fp32 on a CPU")
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        return cls(device, precision, scaler)
+
+    def autocast(self) -> Any:
+        """Context in which matrix products run in the chosen precision; weights stay float32."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
+
+    def to_device(self, tokens: Tensor) -> Tensor:
+        return tokens.to(self.device, non_blocking=True)
+
+    @property
+    def name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{platform.machine()} CPU" if self.device.type == "cpu" else self.device.type
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Datasheet peak in FLOP/s, or None where it is not known (then no MFU is reported)."""
+        return next((peak for part, peak in PEAKS.items() if part in self.name), None)
+
+    def memory_gb(self) -> float:
+        """Largest memory held so far, in 10^9 bytes: the GPU's, or the process's on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def best_precision(device: torch.device) -> str:
+    """bf16 on GPUs that have it, else fp16 there; fp32 elsewhere, where it is the safe choice."""
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _parse(name: str) -> str:
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise ConfigError(f"train.device is {name!r}: expected auto, cpu, cuda or mps") from None
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}
+    there["mps"] = torch.backends.mps.is_available()
+    if not there.get(kind, False):
+        raise ConfigError(f"train.device is {name!r}, which this machine does not have: use auto")
+    return name
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Make torch's random numbers (dropout) a function of (seed, step), so that a resumed run
+    needs no generator state."""
+    torch.manual_seed((seed * 1_000_003 + step) % 2**63)

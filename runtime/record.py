@@ -1,0 +1,241 @@
+"""What is kept of a run: metrics, log, header, summary.
+
+The loop hands over each update's figures as tensors that are still being computed (`expect`), and
+asks for them one step later (`settle`), when reading them no longer waits. Every step's loss and
+gradient norm are checked; only every ``logging.every``-th step is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from data.shards import Split
+from optim import Optimizer
+from runtime.checkpoint import NonFiniteError
+from runtime.config import Config
+from runtime.console import Console
+from runtime.describe import batch_arithmetic, full_table, parameter_table
+from runtime.device import Device
+from runtime.environment import environment
+from runtime.files import atomic_write_text, write_json
+from runtime.metrics import MetricsLog
+from runtime.mirrors import open_mirrors
+from runtime.run import SUMMARY, Run, save_config
+
+
+class Figures(NamedTuple):
+    """Of one update, on the device: ``step`` is its number, counted from 1."""
+
+    step: int
+    losses: Tensor  # mean loss of each micro-batch, in nats per token
+    grad_norm: Tensor  # before clipping
+    lr: float
+
+
+class Record:
+    """The record of one run by one process; a context manager that closes its files."""
+
+    def __init__(
+        self, config: Config, run: Run, device: Device, model: Any, splits: Mapping[str, Split]
+    ) -> None:
+        self.config, self.run, self.device = config, run, device
+        self.model, self.splits = model, splits
+        self.context = model.config.context
+        self.tokens_per_step = config.train.global_batch * self.context
+        self.console = Console(run.dir / "log.txt", config.train.steps)
+        self.summary: dict[str, Any] = {}
+        self._bigram: float | None = None
+        self._pending: Figures | None = None
+        self._elapsed = 0.0  # seconds of training before this process
+        self._best: float | None = None
+
+    def start(self, step: int, optimizer: Optimizer, bigram: float | None) -> None:
+        """Open metrics and mirrors at ``step``, and write the header of a run that is new.
+
+        ``bigram``: bits per byte of the byte-bigram model on the validation text, the mark to beat.
+        """
+        config, run = self.config, self.run
+        resume_step = step if run.continued or run.start is not None else None
+        mirrors = open_mirrors(
+            run.dir,
+            config.logging.wandb,
+            config.logging.wandb_project,
+            config.logging.tensorboard,
+            asdict(config),
+            resume_step,
+            self.say,
+        )
+        self.metrics = MetricsLog(run.dir, mirrors, resume_step)
+        save_config(run, config)
+        write_json(run.dir / "environment.json", environment())
+        atomic_write_text(run.dir / "parameters.txt", full_table(optimizer.table()) + "\n")
+        self.summary["bigram_bits_per_byte"] = self._bigram = bigram
+        for note in run.notes:
+            self.say(note)
+        if step or run.continued:
+            self.say(f"run {run.dir}: continuing at step {step}")
+        else:
+            self._say_header(optimizer)
+        if bigram is not None:
+            self.say(
+                f"mark  a byte-bigram model: {bigram:.4f} bits per byte of this validation text"
+            )
+        self._started = self._marked = time.monotonic()
+        self._mark = step
+
+    def _say_header(self, optimizer: Optimizer) -> None:
+        config, model = self.config, self.model
+        flops = model.flops_per_token(self.context)
+        text, split = OmegaConf.to_yaml(OmegaConf.create(asdict(config))).rstrip(), self.splits
+        self.say(f"run {self.run.dir}\n\n{text}\n\n{parameter_table(optimizer.table())}\n")
+        self.say(
+            f"model {model.num_parameters():,} parameters; {flops.palm:,} FLOPs per token "
+            f"(PaLM's count; {flops.causal:,} with causal attention)\n"
+            f"data  {len(split['train']):,} tokens for training, {len(split['val']):,} for "
+            f"validation ({self.config.data.tokenizer} tokenizer), in {split['train'].folder}\n"
+            f"batch {batch_arithmetic(config, self.context)}\n"
+            f"on    {self.device.name}, {self.device.precision}, "
+            f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+        )
+
+    def bits_per_byte(self, loss: float) -> float:
+        """Nats per token -> bits per byte of the validation text, comparable across tokenizers."""
+        val = self.splits["val"]
+        return loss / math.log(2) * len(val) / val.bytes
+
+    def reference_losses(self) -> dict[str, float]:
+        """Losses to beat by name, in nats per token."""
+        if self._bigram is None:
+            return {}
+        return {"byte bigram": self._bigram / self.bits_per_byte(1.0)}
+
+    def say(self, text: str) -> None:
+        self.console.say(text)
+
+    # ---- figures --------------------------------------------------------------------------------
+
+    def expect(self, figures: Figures) -> None:
+        """Take the figures of the update just started, to be settled later."""
+        self._pending = figures
+
+    def settle(self, step: int, val_loss: float | None = None) -> None:
+        """Read the figures that are expected, check them, and write the line of ``step`` if one is
+        due or there is a validation loss. Raises NonFiniteError, naming the step."""
+        figures, self._pending = self._pending, None
+        values = {} if figures is None else self._read(figures)
+        shown = {"loss": values["train/loss"], "lr": figures.lr} if figures else {}
+        due = figures is not None and step % self.config.logging.every == 0
+        if due:
+            values |= self._rates(step)
+            shown["tokens_per_s"] = values["tokens_per_s"]
+        if val_loss is not None:
+            values |= {"val/loss": val_loss, "val/bits_per_byte": self.bits_per_byte(val_loss)}
+            self._best = min(val_loss, self._best if self._best is not None else math.inf)
+            self.say(
+                f"step {step}  validation loss {val_loss:.4f}  "
+                f"{self.bits_per_byte(val_loss):.4f} bits per byte"
+            )
+        if due or val_loss is not None:
+            self.metrics.log(step, step * self.tokens_per_step, self.elapsed, values)
+        if due:
+            self.console.progress(step, **shown)
+
+    def _read(self, figures: Figures) -> dict[str, float]:
+        loss, norm = (
+            figures.losses.mean().item(),
+            figures.grad_norm.item(),
+        )  # host sync, a step late
+        scaled = self.device.scaler.is_enabled()  # then an overflow only skips its update
+        for name, value in {"loss": loss, "gradient norm": 0.0 if scaled else norm}.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"the {name} is {value} at step {figures.step}")
+        return {"train/loss": loss, "lr": figures.lr, "grad_norm": norm}
+
+    def _rates(self, step: int) -> dict[str, float]:
+        now = time.monotonic()
+        rate = (step - self._mark) * self.tokens_per_step / max(now - self._marked, 1e-9)
+        self._mark, self._marked = step, now
+        rates = {"tokens_per_s": round(rate, 1), "memory_gb": round(self.device.memory_gb(), 3)}
+        if (peak := self.device.peak_flops) is not None:
+            rates["mfu"] = round(rate * self.model.flops_per_token(self.context).palm / peak, 4)
+        return rates
+
+    # ---- state ----------------------------------------------------------------------------------
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, over all processes that have continued this run."""
+        return self._elapsed + time.monotonic() - self._started
+
+    def data_fingerprint(self) -> str:
+        shards = [shard.sha256 for split in self.splits.values() for shard in split.shards]
+        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this record."""
+        return {
+            "tokens_per_step": self.tokens_per_step,
+            "elapsed_s": self.elapsed,
+            "best_val_loss": self._best,
+            "data": self.data_fingerprint(),
+        }
+
+    def load(self, meta: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's state. ValueError if it was trained on other data."""
+        if meta["data"] != self.data_fingerprint():
+            raise ValueError(
+                f"{self.run.start} was trained on other data than {self.splits['train'].folder}: "
+                f"give data.dir the data set it began with"
+            )
+        self._elapsed, self._best = meta["elapsed_s"], meta["best_val_loss"]
+
+    def flush(self) -> None:
+        self.metrics.flush()
+
+    def finish(self, step: int, val_loss: float | None, stopped: str | None) -> dict[str, Any]:
+        """Write and return summary.json."""
+        finished = step == self.config.train.steps
+        self.summary |= {
+            "run_dir": str(self.run.dir),
+            "finished": finished,
+            "stopped_by": stopped,
+            "step": step,
+            "tokens": step * self.tokens_per_step,
+            "val_loss": val_loss,
+            "val_bits_per_byte": None if val_loss is None else self.bits_per_byte(val_loss),
+            "best_val_loss": self._best,
+            "elapsed_s": round(self.elapsed, 2),
+            "memory_gb": round(self.device.memory_gb(), 3),
+            "parameters": self.model.num_parameters(),
+            "device": self.device.name,
+            "precision": self.device.precision,
+        }
+        write_json(self.run.dir / SUMMARY, self.summary)
+        word = "finished" if finished else f"stopped by {stopped}; the same command continues it"
+        self.say(f"{word}: {step:,} steps in {self.elapsed:.0f} s; everything is in {self.run.dir}")
+        return self.summary
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self.console.say(f"ended by {type(error).__name__}: {error}")
+        self.metrics.close()
+        self.console.close()

