@@ -7,9 +7,10 @@ This file is the whole run: compose the configuration, build, then loop over eva
 update, log. It never asks which optimizer, model or corpus it has.
 
 Three decisions keep the loop short. The tokens of a step are a function of (seed, step), and so are
-torch's random numbers, so resuming is loading weights and optimizer state, nothing else. The gradient
-is the mean over the global batch, however it is cut into micro-batches. And figures are read from
-the device one step late, when they have long arrived, so that reading them stalls nothing.
+torch's random numbers, so resuming is loading weights and optimizer state, nothing else. The
+gradient is the mean over the global batch, however it is cut into micro-batches. And figures are
+read from the device one step late, when they have long arrived, so that reading them stalls
+nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from model import MODELS
 from optim import Optimizer, Schedule, clip_grad_norm, create_optimizer
 from report.curves import plot_loss
 from runtime import checkpoint
-from runtime.cli import run_command
+from runtime.cli import plain_errors, run_command
 from runtime.config import Config, accumulation, load, model_config, schedule
 from runtime.device import Device, seed_step
 from runtime.record import Figures, Record
@@ -46,6 +47,7 @@ from runtime.stop import StopRequest
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
+@plain_errors
 def main(tree: DictConfig) -> None:
     config = load(tree)
     job = HydraConfig.get()
@@ -136,6 +138,7 @@ def update(
     """One optimizer update on the global batch of ``step``. Nothing here reads the device."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if optimizer.needs_next_batch_gradient:
+        seed_step(config.seed, step + 1)  # the dropout that this batch will meet in its own step
         backward(config, model, batches.batch(step + 1), device)
         clip_grad_norm(parameters, config.train.grad_clip)
         optimizer.store_next_batch_gradient()
@@ -199,7 +202,11 @@ def resume(
         return 0, None
     tensors, meta = checkpoint.load(run.start)
     saved = {name.removeprefix("model."): t for name, t in tensors.items() if name[:6] == "model."}
-    model.load_state_dict(saved)
+    try:
+        model.load_state_dict(saved)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"{run.start} holds another model than model=... asks for: {reason}") from None
     optimizer.load_named_state(
         {name.removeprefix("optim."): t for name, t in tensors.items() if name[:6] == "optim."}
     )

@@ -19,7 +19,7 @@ from difflib import get_close_matches
 
 import numpy as np
 
-ROUNDS = 6
+ROUNDS = 16  # below 12, the 120 orders of five blocks are measurably not equally likely
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -57,9 +57,9 @@ def permute(position: np.ndarray, n: int, seed: int, epoch: np.ndarray) -> np.nd
         high, low = x >> low_bits, x & low_mask
         for _ in range(ROUNDS):
             key = key + GOLDEN
-            high = high ^ (_mix(_mix(key) ^ low) & high_mask)
+            high = high ^ (_mix(key ^ low) & high_mask)
             key = key + GOLDEN
-            low = low ^ (_mix(_mix(key) ^ high) & low_mask)
+            low = low ^ (_mix(key ^ high) & low_mask)
         return (high << low_bits) | low
 
     out = once(position.astype(np.uint64), key)

@@ -281,7 +281,9 @@ def main() -> int:
     try:
         folder = prepare(_compose(parser.parse_args().overrides))
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # hydra's messages have several lines, of which the last tell of its search path.
+        line = " ".join(str(error).partition("Config search path")[0].split())
+        print(f"error: {line}", file=sys.stderr)
         return 1
     manifest = Manifest.load(folder)
     tokens = {name: split.tokens for name, split in manifest.splits.items()}

@@ -23,6 +23,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -163,7 +164,8 @@ class ShardWriter:
         if kind is None:
             self.finish()
         elif self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # on a full disk, closing fails once more
+                self._file.close()
 
     @property
     def _path(self) -> Path:

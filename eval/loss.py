@@ -1,9 +1,9 @@
 """The loss on a fixed validation set, exactly weighted.
 
 The windows are the same at every evaluation and for every run on the same data, so that two losses
-can be compared. Sums over tokens are added up, not means of batches, and the last batch is filled up
-with ignored targets instead of being smaller: every token counts once, and a compiled model sees one
-shape only.
+can be compared. Sums over tokens are added up, not means of batches, and the last batch is filled
+up with ignored targets instead of being smaller: every token counts once, and a compiled model
+sees one shape only.
 """
 
 from __future__ import annotations

@@ -205,7 +205,8 @@ class GPT2(nn.Module):
         targets: Tensor | None = None,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> Tensor:
-        """Logits (B, T, vocab_size), or with targets their cross entropy in nats (0-D, float32 at least).
+        """Logits (B, T, vocab_size), or with targets their cross entropy in nats (0-D, float32 at
+        least).
 
         tokens, targets: int64 (B, T), T <= context (else ValueError); targets[:, t] is the token
         that follows tokens[:, t], or -100 where nothing is to be predicted.

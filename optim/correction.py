@@ -7,7 +7,8 @@ by a scaled STORM-like estimate and hands that to any preconditioned update::
     c_t <- c_t / max(1, ||c_t||)                              per tensor
 
 ``exact``: g'_t is the gradient of the *same* batch at the previous point, which costs a second
-forward and backward pass. Approximate (the papers' default): g'_t is simply the last step's gradient.
+forward and backward pass. Approximate (the papers' default): g'_t is simply the last step's
+gradient.
 
 As in the authors' code (AGI-Arena/MARS mars.py) and not in the paper: the clip is per tensor, and
 g'_1 = 0, so that the first c is (1 + gamma beta / (1 - beta)) g rather than g. Unlike that code the

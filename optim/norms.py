@@ -29,6 +29,13 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [norm(x) for x in tensors]
 
 
+def matrix_norm(x: Tensor) -> Tensor:
+    """Euclidean (Frobenius) norm of each matrix in a stack (..., rows, cols), as (..., 1, 1)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
+
+
 def rms(x: Tensor) -> Tensor:
     """Root of the mean square, as a 0-D tensor."""
     return norm(x) / x.numel() ** 0.5
@@ -39,7 +46,8 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     """Scale all gradients in place so that their joint norm is at most ``max_norm``.
 
     Returns the norm before clipping as a 0-D tensor and never reads it on the host. The factor is
-    torch's (and nanoGPT's) ``min(1, max_norm / (norm + 1e-6))``. ``None`` measures without clipping.
+    torch's (and nanoGPT's) ``min(1, max_norm / (norm + 1e-6))``. ``None`` measures without
+    clipping.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:

@@ -68,11 +68,12 @@ class Optimizer(torch.optim.Optimizer):
                     f"{name} has shape {tuple(param.shape)}, but {group['rule']} updates matrices "
                     f"only: give it another rule in optim.groups"
                 )
-            self.state[param] = {
-                "step": torch.zeros((), dtype=torch.float64),
-                **rule.init_state(param),
-                **correction.init_state(param),
-            }
+            try:
+                own = rule.init_state(param)
+            except ValueError as error:
+                raise ValueError(f"{name}, rule {group['rule']}: {error}") from None
+            step = torch.zeros((), dtype=torch.float64)
+            self.state[param] = {"step": step, **own, **correction.init_state(param)}
 
     @property
     def needs_next_batch_gradient(self) -> bool:
@@ -141,14 +142,14 @@ class Optimizer(torch.optim.Optimizer):
     def _update(
         self, rule: Rule, correction: Correction, mask: Mask, params: list[Tensor]
     ) -> Callable[..., None]:
-        update = partial(_update, rule, correction, mask)
+        update = partial(update_parameters, rule, correction, mask)
         if not self._compile:
             return update
         key = (rule, correction, mask, params[0].shape, params[0].dtype, len(params))
         if key not in self._updates:
             # a code object of its own: dynamo allows 8 variants of one, GPT-2 has 9 shapes
-            own = FunctionType(_update.__code__.replace(), _update.__globals__)
-            own.__kwdefaults__ = _update.__kwdefaults__
+            own = FunctionType(update_parameters.__code__.replace(), update_parameters.__globals__)
+            own.__kwdefaults__ = update_parameters.__kwdefaults__
             compiled = torch.compile(own, dynamic=False, fullgraph=True)
             self._updates[key] = partial(compiled, rule, correction, mask)
         return self._updates[key]
@@ -208,7 +209,7 @@ class Optimizer(torch.optim.Optimizer):
         ]
 
 
-def _update(
+def update_parameters(
     rule: Rule,
     correction: Correction,
     mask: Mask,
@@ -231,7 +232,7 @@ def _update(
             rule.direction(c, s, p, step) for c, s, p in zip(corrected, states, params, strict=True)
         ]
     for p, g, s, u in zip(params, grads, states, directions, strict=True):
-        rule.apply(p, mask(u, g), lr, weight_decay, step)
+        rule.apply(p, mask(u, g), s, lr, weight_decay, step)
         correction.remember(g, s)
 
 
@@ -244,12 +245,17 @@ def _stacked_direction(
     step: Tensor,
 ) -> list[Tensor]:
     """Directions of matrices of one shape, all in one call on stacks (n, rows, cols)."""
-    stacked = {key: torch.stack([state[key] for state in states]) for key in keys}
-    u = rule.direction(torch.stack(grads), stacked, torch.stack(params), step)
+    stacked = {key: _stack([state[key] for state in states]) for key in keys}
+    u = rule.direction(_stack(grads), stacked, _stack(params), step)
     for key, stack in stacked.items():
         for state, tensor in zip(states, stack.unbind(), strict=True):
-            state[key].copy_(tensor)
+            state[key].copy_(tensor)  # nothing to do where the stack is a view
     return list(u.unbind())
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """Tensors of one shape as one, with a leading axis; a single one is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _signed(grad: Tensor, group: Mapping[str, Any]) -> Tensor:

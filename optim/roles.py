@@ -3,8 +3,8 @@
 Every parameter has a role: ``matrix`` (hidden, two or more dimensions), ``embedding``, ``head`` or
 ``vector`` (gains, biases). An optimizer's ``groups`` is an ordered table; the first group that
 matches a parameter takes it, by role or by a regular expression over the parameter's name. Nothing
-is left to chance: a parameter that no group takes, a pattern that matches nothing, a parameter named
-twice are errors that name the culprit.
+is left to chance: a parameter that no group takes, a pattern that matches nothing, a parameter
+named twice are errors that name the culprit.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ not promote a float32 expression, and 1 - beta**step keeps its digits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -64,7 +65,13 @@ class Rule:
         raise NotImplementedError
 
     def apply(
-        self, param: Tensor, u: Tensor, lr: Tensor, weight_decay: float, step: Tensor
+        self,
+        param: Tensor,
+        u: Tensor,
+        state: State,
+        lr: Tensor,
+        weight_decay: float,
+        step: Tensor,
     ) -> None:
         """Decoupled weight decay on the old value, then the step (Loshchilov and Hutter, 2019)."""
         param.mul_(1 - lr * weight_decay)
@@ -105,6 +112,11 @@ def root(x: Tensor) -> Tensor:
 def check_beta(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), given {value}")
+
+
+def check_choice(name: str, value: str, valid: Iterable[str]) -> None:
+    if value not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(valid)}, given {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:

@@ -63,10 +63,7 @@ def plot_loss(
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     if bits_per_byte:
-        right = axes.secondary_yaxis(
-            "right", functions=(lambda y: y * bits_per_byte, lambda y: y / bits_per_byte)
-        )
-        right.set_ylabel("bits per byte", color=INK)
+        _bits_axis(axes, bits_per_byte)
     path = run_dir / "loss.png"
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")  # Agg, whatever backend is configured
@@ -96,14 +93,15 @@ def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray
 def _draw_train(axes: Axes, tokens: np.ndarray, loss: np.ndarray) -> None:
     if loss.size == 0:
         return
-    style = {"color": TRAIN, "zorder": 3}
     if loss.size < 30:  # too few to average
-        axes.plot(tokens, loss, marker=".", linewidth=1.4, label="training", **style)
+        axes.plot(tokens, loss, color=TRAIN, marker=".", linewidth=1.4, label="training")
         return
     axes.plot(tokens, loss, color=TRAIN, alpha=0.25, linewidth=0.7, zorder=2)
     half_width = max(loss.size // 200, 2)
     average = smooth(smooth(loss, half_width), half_width)  # twice: a spike becomes no plateau
-    axes.plot(tokens, average, linewidth=1.6, label="training (and moving average)", **style)
+    axes.plot(
+        tokens, average, color=TRAIN, linewidth=1.6, label="training (and moving average)", zorder=3
+    )
 
 
 def _scale(
@@ -118,7 +116,7 @@ def _scale(
     tokens, loss = (np.concatenate(parts) for parts in zip(*series, strict=True))
     if tokens.size == 0:
         return
-    axes.set_xlim(0, tokens.max() or 1)
+    axes.set_xlim(0, 1.01 * tokens.max() or 1)
     begin = 0.02 * tokens.max() if tokens.size > 100 else 0
     starts = [start for at, values in series for start in values[at >= begin][:1]]
     usual = np.percentile(loss[tokens >= begin], 95)
@@ -136,6 +134,17 @@ def _decorate(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
 
 
+def _bits_axis(axes: Axes, bits_per_byte: float) -> None:
+    def to_bits(y: Any) -> Any:
+        return y * bits_per_byte
+
+    def to_nats(y: Any) -> Any:
+        return y / bits_per_byte
+
+    right = axes.secondary_yaxis("right", functions=(to_bits, to_nats))
+    right.set_ylabel("bits per byte", color=INK)
+
+
 def _step_axis(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     """Read steps on top where the bottom axis reads tokens, also if the batch grew meanwhile."""
     from matplotlib.ticker import MaxNLocator
@@ -147,10 +156,14 @@ def _step_axis(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     # Beyond both ends, where matplotlib probes for ticks, any increasing continuation will do.
     steps = np.concatenate([[-steps[-1], 0], steps, [2 * steps[-1]]])
     tokens = np.concatenate([[-tokens[-1], 0], tokens, [2 * tokens[-1]]])
-    top = axes.secondary_xaxis(
-        "top",
-        functions=(lambda x: np.interp(x, tokens, steps), lambda x: np.interp(x, steps, tokens)),
-    )
+
+    def to_steps(x: Any) -> Any:
+        return np.interp(x, tokens, steps)
+
+    def to_tokens(x: Any) -> Any:
+        return np.interp(x, steps, tokens)
+
+    top = axes.secondary_xaxis("top", functions=(to_steps, to_tokens))
     top.set_xlabel("steps", color=INK)
     top.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     top.xaxis.set_major_formatter(lambda value, _: short(value))

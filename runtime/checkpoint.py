@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent, and safe to load from a stranger.
 
-    checkpoints/step_00000200/tensors.safetensors    flat: "model.<parameter>", "optim.<parameter>.<key>"
-    checkpoints/step_00000200/checkpoint.json        step, settings, and everything that is no tensor
+    checkpoints/step_00000200/tensors.safetensors   "model.<parameter>", "optim.<parameter>.<key>"
+    checkpoints/step_00000200/checkpoint.json       step, settings, all that is no tensor
 
 A checkpoint is written under another name and renamed when all of it is on the disk, so killing the
 program at any moment leaves the previous ones whole. Nothing is pickled: loading runs no code.
@@ -41,10 +41,16 @@ class Checkpoints:
         found = (p.name.removeprefix("step_") for p in self.folder.glob("step_*"))
         return sorted(int(name) for name in found if name.isdecimal())
 
-    def clean(self) -> None:
-        """Remove what an interrupted write or removal left behind."""
+    def clean(self) -> list[Path]:
+        """Remove what an interrupted write or removal left behind, and set checkpoints aside that
+        a crash of the machine or a careless copy has cut off; returns the names of these."""
         for leftover in self.folder.glob("*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
+        damaged = [path for path in map(self.path, self.steps()) if not is_whole(path)]
+        for path in damaged:
+            shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
+            path.rename(path.with_suffix(".damaged"))
+        return damaged
 
     def save(
         self,
@@ -58,6 +64,7 @@ class Checkpoints:
         Raises NonFiniteError, writing nothing, if a tensor holds NaN or infinity, and OSError if
         the disk does not take it; the checkpoints that were there stay.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -66,17 +73,21 @@ class Checkpoints:
             raise NonFiniteError(f"{bad[0]} is not finite after step {step}")
         final, temporary = self.path(step), self.folder / f"step_{step:08d}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         try:
+            temporary.mkdir(parents=True)
             save_file(host, temporary / TENSORS)
             fsync(temporary / TENSORS)
             write_json(temporary / META, {**meta, "step": step, "val_loss": val_loss})
             if final.exists():  # written before, by a run that was resumed from an older one
                 self._remove(step)
             temporary.rename(final)
-        except BaseException:
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"cannot write the checkpoint {final} ({error}): make room, then the same command "
+                f"continues from the one before"
+            ) from error
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
         fsync(self.folder)
         kept = {*self.steps()[-self.keep :], self.best()}
         for old in set(self.steps()) - kept:
@@ -96,12 +107,23 @@ class Checkpoints:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint has all its bytes, without reading the tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path / TENSORS, "pt"):
+            return isinstance(json.loads((path / META).read_text()), dict)
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of one checkpoint folder. Raises ValueError if it is not whole."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
+    try:
         return load_file(path / TENSORS), json.loads((path / META).read_text())
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} is not a complete checkpoint: {error}") from None

@@ -11,53 +11,114 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from runtime.checkpoint import NonFiniteError
-from runtime.config import explain, unknown
+from runtime.config import explain, flatten, nearest, unknown
 
+TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # asked for by the user
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError, OSError, NonFiniteError)
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a hydra main and turn what a user can cause into one line on stderr and exit code 1."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    if TRACEBACKS:
         return main()
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        _refuse_dashes()
         main()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except MISTAKES as error:
-        print(f"error: {_line(error)}", file=sys.stderr)
-        sys.exit(1)
+        _fail(error)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
+def plain_errors(job: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Stands between hydra.main and the job, because Hydra puts a line of its own, with all
+    overrides, before the error of a job. In a sweep that line says which trial it was, and the
+    error is Hydra's to raise, after the other trials have run."""
+
+    @wraps(job)
+    def run(tree: DictConfig) -> None:
+        try:
+            job(tree)
+        except BrokenPipeError:
+            raise
+        except MISTAKES as error:
+            if TRACEBACKS or HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            _fail(error)
+
+    return run
+
+
+def _fail(error: BaseException) -> None:
+    print(f"error: {_line(error)}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _refuse_dashes() -> None:
+    """--batch_size=8, as nanoGPT and most programs have it."""
+    _, unread = get_args_parser().parse_known_args()
+    if unread:
+        name = unread[0].lstrip("-").partition("=")[0]
+        raise ValueError(
+            f"unknown option {unread[0]}: settings have no dashes, write {name}=value "
+            f"(python train.py --help lists them)"
+        )
+
+
 def _line(error: BaseException) -> str:
     cause = error.__cause__
-    if isinstance(cause, ConfigKeyError) and cause.parent_node is not None:
-        key = str(cause.full_key)
-        name = key.rpartition(".")[2]
-        return unknown(key, name, [str(k) for k in cause.parent_node])
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.parent_node is not None:
+        return _unknown_key(str(cause.full_key), cause.parent_node)
     if isinstance(error, MissingConfigException):
-        return _missing(error)
+        return _unknown_option(error)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read {error.override!r}: expected key=value, and quotes where the value has "
+            f"spaces or brackets, as in 'data.files=[\"my book.txt\"]'"
+        )
     if isinstance(error, OmegaConfBaseException):
         return explain(error)
+    if isinstance(error, NonFiniteError):
+        return f"{error}: lower optim.lr or lengthen the warm-up; checkpoints before it are intact"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return re.sub(r"\s*\n\s*", " ", str(error)) or type(error).__name__
 
 
-def _missing(error: MissingConfigException) -> str:
+def _unknown_key(key: str, parent: DictConfig) -> str:
+    """train.stpes=3; lr=3e-3, which lies deeper."""
+    group, _, name = key.rpartition(".")
+    siblings = [str(k) for k in parent]
+    if not group and not nearest(name, siblings):
+        leaves = flatten(OmegaConf.to_container(parent, resolve=False))
+        deeper = [leaf for leaf in leaves if leaf.endswith(f".{name}") and leaf[:6] != "hydra."]
+        if deeper:
+            return f"unknown configuration key {key}: did you mean {' or '.join(deeper)}?"
+    return unknown(key, name, siblings)
+
+
+def _unknown_option(error: MissingConfigException) -> str:
     """optim=adamww: the group's options, nearest first."""
     if error.missing_cfg_file is None or not error.options:
         return str(error).splitlines()[0]
     group, _, name = str(error.missing_cfg_file).rpartition("/")
-    return unknown(f"{group}={name}", name, [Path(o).name for o in error.options])
+    options = [Path(option).name for option in error.options]
+    near = nearest(name, options)
+    hint = f"did you mean {group}={near}?" if near else f"expected one of {', '.join(options)}"
+    return f"there is no {group}={name}: {hint}"

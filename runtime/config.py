@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -111,7 +112,7 @@ CHOICES = {
 }
 POSITIVE = ("train.steps", "train.global_batch", "train.micro_batch", "train.grad_clip")
 POSITIVE += ("train.threads", "train.eval_tokens", "train.keep_checkpoints", "logging.every")
-POSITIVE += ("data.shard_tokens", "data.prefetch")
+POSITIVE += ("data.shard_tokens", "data.prefetch", "schedule.decay_steps")
 NOT_NEGATIVE = ("train.eval_every", "train.checkpoint_every", "train.sample_tokens")
 NOT_NEGATIVE += ("schedule.warmup_steps", "schedule.warmup_fraction")
 
@@ -136,22 +137,29 @@ def explain(error: OmegaConfBaseException) -> str:
         if name not in valid:
             return unknown(key, name, valid)
     text = str(error).splitlines()[0]
+    if "is not a ListConfig" in text:
+        return f"{key} takes a list: write '{key}=[...]', also around a single value"
     return f"{key}: {text[0].lower()}{text[1:]}"
 
 
 def unknown(key: str, name: str, valid: list[str]) -> str:
     """The line for a key that does not exist."""
-    near = difflib.get_close_matches(name, valid, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"valid names are {', '.join(sorted(valid))}"
+    near = nearest(name, valid)
+    hint = f"did you mean {key.removesuffix(name)}{near}?" if near else f"valid names are {', '.join(sorted(valid))}"
     return f"unknown configuration key {key}: {hint}"
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that was probably meant, if any is near."""
+    return next(iter(difflib.get_close_matches(name, list(valid), n=1)), None)
 
 
 def check(config: Config) -> None:
     """Cross-field checks. Raises ConfigError for the first that fails."""
     for key, valid in CHOICES.items():
         if (given := _get(config, key)) not in valid:
-            near = difflib.get_close_matches(str(given), valid, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(valid)}"
+            near = nearest(str(given), valid)
+            hint = f"did you mean {near}?" if near else f"expected one of {', '.join(valid)}"
             raise ConfigError(f"{key} is {given!r}: {hint}")
     for key in POSITIVE:
         if (value := _get(config, key)) is not None and not value > 0:
@@ -161,13 +169,23 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key} must not be negative, given {value}")
     if not 0 < config.data.val_fraction < 1:
         raise ConfigError(f"data.val_fraction must be in (0, 1), given {config.data.val_fraction}")
+    if not 0 <= config.seed < 2**63:
+        raise ConfigError(f"seed must be in [0, 2^63), given {config.seed}")
     accumulation(config.train)
     try:
-        model_config(config, vocab_size=config.model.get("vocab_size") or 2)
+        shape = model_config(config, vocab_size=2)
         schedule(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if config.train.eval_tokens is not None and config.train.eval_tokens < shape.context:
+        raise ConfigError(
+            f"train.eval_tokens={config.train.eval_tokens} holds no sequence of model.context="
+            f"{shape.context}: raise the one or lower the other"
+        )
+    try:
         groups = create.resolve(**config.optim)
     except (ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"optim: {error}") from None
     exact = any(g["correction"] == "mars" and g["mars"].get("exact") for g in groups.values())
     if exact and config.train.precision == "fp16":
         raise ConfigError(

@@ -25,11 +25,12 @@ import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from runtime.files import write_json
 from runtime.metrics import FILE_NAME, Record, read_metrics
 
+WANDB_MODES = ("online", "offline", "disabled")
 INIT_TIMEOUT = 10.0  # s, for the wandb server's first answer; then the run is recorded offline
 FINISH_TIMEOUT = 8.0  # s, for wandb's last uploads
 CLOSE_TIMEOUT = 20.0  # s, the longest that the end of a run waits for one mirror
@@ -142,7 +143,7 @@ class WandbMirror:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        def init(mode: str) -> Any:
+        def init(mode: Literal["online", "offline"]) -> Any:
             return wandb.init(
                 mode=mode,
                 project=project,
@@ -239,9 +240,6 @@ def open_mirrors(
                 f"pip install {package}, or switch logging.{package} off"
             )
     return [BackgroundMirror(name, open_mirror, say) for name, open_mirror in wanted.items()]
-
-
-WANDB_MODES = ("online", "offline", "disabled")
 
 
 def _past(run_dir: Path, resume_step: int | None) -> list[Record]:

@@ -140,6 +140,8 @@ class Record:
             values |= self._rates(step)
             shown["tokens_per_s"] = values["tokens_per_s"]
         if val_loss is not None:
+            if not math.isfinite(val_loss):
+                raise NonFiniteError(f"the validation loss is {val_loss} at step {step}")
             values |= {"val/loss": val_loss, "val/bits_per_byte": self.bits_per_byte(val_loss)}
             self._best = min(val_loss, self._best if self._best is not None else math.inf)
             self.say(
@@ -192,7 +194,13 @@ class Record:
         }
 
     def load(self, meta: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's state. ValueError if it was trained on other data."""
+        """Continue from a checkpoint's state. ValueError if it was trained on other data or for
+        longer than this run."""
+        if meta["step"] > self.config.train.steps:
+            raise ValueError(
+                f"{self.run.start} is already beyond train.steps={self.config.train.steps}: "
+                f"raise train.steps"
+            )
         if meta["data"] != self.data_fingerprint():
             raise ValueError(
                 f"{self.run.start} was trained on other data than {self.splits['train'].folder}: "

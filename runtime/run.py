@@ -11,19 +11,23 @@ releases however it ends, so a second start of the command never takes over a ru
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from runtime.checkpoint import Checkpoints
+from runtime.checkpoint import Checkpoints, is_whole
 from runtime.config import Config, ConfigError, trajectory
-from runtime.files import atomic_write_text, write_json
+from runtime.files import atomic_write_text, json_safe, write_json
 
 CONFIG, TRAJECTORY, SUMMARY = "config.yaml", "trajectory.json", "summary.json"
+LOCK = ".run.lock"
+BEFORE_THE_START = (LOCK, "log.txt")  # all that a run has before its first trajectory.json
 
 
 @dataclass
@@ -36,17 +40,20 @@ class Run:
     checkpoints: Checkpoints
     start: Path | None
     continued: bool
+    finished: bool
     notes: list[str]
-
-    @property
-    def finished(self) -> bool:
-        return self.continued and (self.dir / SUMMARY).exists() and self.summary()["finished"]
 
     def summary(self) -> dict[str, Any]:
         summary: dict[str, Any] = json.loads((self.dir / SUMMARY).read_text())
         return summary
 
     def close(self) -> None:
+        """Give the lock back. A run that a mistake ended before it began leaves no folder."""
+        if not (self.dir / TRAJECTORY).exists():
+            with suppress(OSError):  # not empty: then it stays
+                for name in BEFORE_THE_START:
+                    (self.dir / name).unlink(missing_ok=True)
+                self.dir.rmdir()
         self.lock.close()
 
 
@@ -57,14 +64,16 @@ def open_run(config: Config) -> Run:
     there is nothing to resume; OSError if it cannot be written.
     """
     resume, given = config.train.resume, config.run.dir
-    source = None if resume in ("auto", "never") else Path(resume)
+    source = None if resume in ("auto", "never") else Path(resume).expanduser()
     if source is not None and not source.is_dir():
         raise ConfigError(f"train.resume is {resume!r}: expected auto, never or an existing path")
-    if source is not None and (source / CONFIG).exists() and given is None:
+    if source is not None and (source / TRAJECTORY).exists() and given is None:
         return _open(source, config, strict=False)  # a run: go on in place
+    if source is not None:
+        source = _fork_source(source)
     if given is not None:
-        folder = Path(given)
-        if resume == "never" and (folder / CONFIG).exists():
+        folder = Path(given).expanduser()
+        if resume == "never" and (folder / TRAJECTORY).exists():
             raise ConfigError(
                 f"run.dir={given} already holds a run: choose another run.dir, or "
                 f"train.resume=auto to continue it"
@@ -86,7 +95,10 @@ class InUse(ConfigError):
 def _open(folder: Path, config: Config, strict: bool, fork: Path | None = None) -> Run:
     notes: list[str] = []
     _make(folder)
-    lock = open(folder / ".lock", "w")  # noqa: SIM115 - held as long as the run lives
+    # A folder with a lock is one of ours, even if the start that made it was killed at once.
+    if any(folder.iterdir()) and not (folder / LOCK).exists():
+        raise ConfigError(f"run.dir={folder} is not empty and holds no run: choose another folder")
+    lock = open(folder / LOCK, "w")  # noqa: SIM115 - held as long as the run lives
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -104,26 +116,25 @@ def _open(folder: Path, config: Config, strict: bool, fork: Path | None = None) 
                 f"another run.dir, or train.resume={folder} to continue it with the new settings"
             )
         notes += [f"continuing with changed settings: {line}" for line in differences]
-    elif any(p.name != ".lock" for p in folder.iterdir()):
-        lock.close()
-        raise ConfigError(f"run.dir={folder} is not empty and holds no run: choose another folder")
     checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_checkpoints)
-    checkpoints.clean()
+    notes += [
+        f"{path} is not whole: set aside, continuing without it" for path in checkpoints.clean()
+    ]
     steps = checkpoints.steps()
-    start = checkpoints.path(steps[-1]) if steps else None
-    if start is None and fork is not None and not continued:
-        start = _fork_source(fork)
-    return Run(folder, lock, checkpoints, start, continued, notes)
+    start = checkpoints.path(steps[-1]) if steps else fork
+    return Run(folder, lock, checkpoints, start, continued, _is_finished(folder, config), notes)
 
 
 def _fork_source(path: Path) -> Path:
-    """The checkpoint that a new run starts from: itself, or the latest of a run."""
-    if path.name.startswith("step_"):
-        return path
+    """The checkpoint that a new run starts from: itself, or the latest whole one of a run."""
     found = Checkpoints(path / "checkpoints", 1)
-    if not (steps := found.steps()):
-        raise ConfigError(f"train.resume={path} holds no checkpoint")
-    return found.path(steps[-1])
+    for candidate in (path, *map(found.path, reversed(found.steps()))):
+        if is_whole(candidate):
+            return candidate
+    raise ConfigError(
+        f"train.resume={path} is neither a run with a checkpoint nor a checkpoint: expected such as "
+        f"runs/<date>_<name> or runs/<date>_<name>/checkpoints/step_<n>"
+    )
 
 
 def save_config(run: Run, config: Config) -> None:
@@ -135,17 +146,24 @@ def save_config(run: Run, config: Config) -> None:
 def _unfinished(config: Config) -> list[Path]:
     """Unfinished runs of the same name and settings, latest first."""
     found = []
-    for folder in sorted(Path(config.paths.runs).glob(f"*_{config.run.name}"), reverse=True):
-        file, summary = folder / TRAJECTORY, folder / SUMMARY
-        if not file.exists() or (summary.exists() and json.loads(summary.read_text())["finished"]):
+    name = f"????-??-??_??????_{glob.escape(config.run.name)}"  # not those that merely end so
+    for folder in sorted(_runs(config).glob(name), reverse=True):
+        file = folder / TRAJECTORY
+        if not file.exists() or _is_finished(folder, config):
             continue
         if not _differences(json.loads(file.read_text()), config):
             found.append(folder)
     return found
 
 
+def _is_finished(folder: Path, config: Config) -> bool:
+    """Whether the run in ``folder`` has made all the steps that are now asked for."""
+    file = folder / SUMMARY
+    return file.exists() and json.loads(file.read_text())["step"] >= config.train.steps
+
+
 def _differences(saved: dict[str, Any], config: Config) -> list[str]:
-    now = json.loads(json.dumps(trajectory(config)))
+    now = json.loads(json.dumps(json_safe(trajectory(config))))
     return [
         f"{key} was {saved.get(key)}, now {now.get(key)}"
         for key in sorted(saved.keys() | now.keys())
@@ -157,13 +175,17 @@ def _new_folder(config: Config) -> Path:
     """runs/<date>_<name>; two starts within a second get different folders."""
     while True:
         stamp = time.strftime("%Y-%m-%d_%H%M%S")
-        folder = Path(config.paths.runs) / f"{stamp}_{config.run.name}"
+        folder = _runs(config) / f"{stamp}_{config.run.name}"
         _make(folder.parent)
         try:
             folder.mkdir()
             return folder
         except FileExistsError:
             time.sleep(0.5)
+
+
+def _runs(config: Config) -> Path:
+    return Path(config.paths.runs).expanduser()
 
 
 def _make(folder: Path) -> None:

@@ -3,6 +3,7 @@ than alone (OpenMP threads spin while they wait), and one thread gives repeatabl
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+from system import TINY, Command
 
 torch.set_num_threads(1)
 
@@ -31,3 +34,19 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the reference material (../shared) is not beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """Overrides that name a small text, prepared by the first run that wants it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text.txt").write_text(Path(argparse.__file__).read_text())
+    files = f"data.files=[{folder}/text.txt]"
+    return ("data=text", files, "data.tokenizer=bytes", f"data.dir={folder}/prepared")
+
+
+@pytest.fixture
+def tiny(corpus: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Overrides of a run that takes a second, in an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return (*TINY, *corpus, f"paths.runs={tmp_path}/runs")

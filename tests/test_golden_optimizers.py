@@ -36,22 +36,84 @@ def signum_ema(h: Hyper) -> Hyper:
     return {"name": "signum", "beta": h["momentum"], "groups": ALL}
 
 
-def mars(name: str, momentum: Callable[[Hyper], Hyper]) -> Callable[[Hyper], Hyper]:
-    """MARS's routing: 2-D tensors take the rule, vectors AdamW, or the rule too (optimize_1d)."""
+def mars(name: str, rule: Callable[[Hyper], Hyper]) -> Callable[[Hyper], Hyper]:
+    """MARS's routing: 2-D tensors take the rule, vectors AdamW, or the rule too (optimize_1d).
+    The rule of vectors under MARS-Shampoo is then MARS-AdamW's."""
+
+    def build(h: Hyper) -> Hyper:
+        adamw = {"match": ["vector"], "rule": "adamw", "eps": h["eps"]}
+        vectors = {
+            "correction": "none",
+            "betas": h["betas_1d"],
+            "lr_scale": h["lr_1d"] / h["lr"],
+            "weight_decay": h["weight_decay_1d"],
+        }
+        groups = {"mars": {"match": ["matrix"]}, "vectors": {**adamw, **vectors}}
+        if h["optimize_1d"]:
+            same = {**adamw, "betas": h["betas"]} if name == "mars_shampoo" else ALL["all"]
+            groups["vectors"] = {**same, "match": ["vector"]}
+        return {"name": name, "mars": mars_options(h), "groups": groups, **rule(h)}
+
+    return build
+
+
+def mars_options(h: Hyper) -> Hyper:
+    return {"gamma": h["gamma"], "exact": not h["is_approx"]}
+
+
+def mars_shampoo(h: Hyper) -> Hyper:
+    beta = h["betas"][0]
+    return {"momentum": beta, "eps": h["eps"] * (1 - beta), "ns_dtype": ns_dtype(h)}
+
+
+def ns_dtype(h: Hyper) -> str:
+    """Precision of the Newton-Schulz products that were run: the tolerance tells."""
+    return "float32" if json.loads(h["tolerance"])["kind"] == "allclose" else "bfloat16"
+
+
+def with_adamw(name: str, rule: Callable[[Hyper], Hyper]) -> Callable[[Hyper], Hyper]:
+    """A rule on matrices, AdamW with the hyper-parameters aux_* and its own schedule on vectors."""
+
+    def build(h: Hyper) -> Hyper:
+        vectors = {
+            "match": ["vector"],
+            "rule": "adamw",
+            "betas": h["aux_betas"],
+            "eps": h["aux_eps"],
+            "weight_decay": h["aux_weight_decay"],
+        }
+        groups = {"matrices": {"match": ["matrix"]}, "vectors": vectors}
+        return {"name": name, "groups": groups, **rule(h)}
+
+    return build
+
+
+def muon(h: Hyper) -> Hyper:
+    return {
+        "momentum": h["momentum"],
+        "nesterov": h["nesterov"],
+        "ns_steps": h["ns_steps"],
+        "ns_dtype": ns_dtype(h),
+        "eps": h.get("eps", 1e-7),
+        "scale": h.get("adjust_lr_fn") or "original",
+    }
+
+
+def moonlight(name: str, rule: Callable[[Hyper], Hyper]) -> Callable[[Hyper], Hyper]:
+    """Muon on matrices; on vectors AdamW with the same lr and weight decay, eps added raw."""
 
     def build(h: Hyper) -> Hyper:
         vectors = {
             "match": ["vector"],
             "rule": "adamw",
             "correction": "none",
-            "betas": h["betas_1d"],
-            "eps": h["eps"],
-            "lr_scale": h["lr_1d"] / h["lr"],
-            "weight_decay": h["weight_decay_1d"],
+            "betas": h["adamw_betas"],
+            "eps": h["adamw_eps"],
+            "eps_style": "raw",
         }
-        groups = ALL if h["optimize_1d"] else {"mars": {"match": ["matrix"]}, "vectors": vectors}
-        options = {"gamma": h["gamma"], "exact": not h["is_approx"]}
-        return {"name": name, "mars": options, "groups": groups, **momentum(h)}
+        groups = {"matrices": {"match": ["matrix"]}, "vectors": vectors}
+        hyper = {"momentum": h["momentum"], "ns_steps": h["ns_steps"], "ns_dtype": ns_dtype(h)}
+        return {"name": name, "groups": groups, **hyper, **rule(h)}
 
     return build
 
@@ -62,7 +124,14 @@ BUILDERS: dict[str, Callable[[Hyper], Hyper]] = {
     "Signum": signum_ema,
     "MARS-AdamW": mars("mars_adamw", lambda h: {"betas": h["betas"], "eps": h["eps"]}),
     "MARS-Lion": mars("mars_lion", lambda h: {"beta": h["betas"][0]}),
+    "MARS-Shampoo": mars("mars_shampoo", mars_shampoo),
+    "MARS-M": moonlight("mars_m", lambda h: {"mars": mars_options(h)}),
+    "Moonlight-Muon": moonlight("moonlight", lambda h: {"nesterov": h["nesterov"]}),
+    "Muon": with_adamw("muon", muon),
 }
+# one of each granularity (element, tensor with MARS's norm, tensor, matrix) is compiled as well
+COMPILED = ["AdamW", "MARS-AdamW", "Muon"]
+SLOW = pytest.mark.slow
 # other codes under a name that we also have, not followed: each with the reason
 EXPECTED_DIFFERENCES = {
     "signum_epfml": "starts its momentum at a copy of the parameter, which the paper does not",
@@ -81,7 +150,14 @@ def golden_files(folder: Path) -> list[Path]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden" in metafunc.fixturenames:
         files = golden_files(metafunc.config.getoption("--goldens"))
-        metafunc.parametrize("golden", files, ids=[f.stem for f in files])
+        cases = [pytest.param(f, False, id=f.stem) for f in files]
+        first = {metadata(f)["optimizer"]: f for f in reversed(files)}  # of each optimizer
+        cases += [
+            pytest.param(first[name], True, id=f"{first[name].stem}-compiled", marks=[SLOW])
+            for name in COMPILED
+            if name in first
+        ]
+        metafunc.parametrize("golden,compile", cases)
 
 
 def follow(
@@ -95,8 +171,8 @@ def follow(
         for i, group in enumerate(optimizer.param_groups):
             # one schedule for all (MARS: its 1-D lr is lr_t * lr_1d / lr), or one per group
             schedule = schedules[min(i, len(schedules) - 1)]
-            scale = group["lr_scale"] if len(schedules) == 1 else 1.0
-            group["lr"] = scale * (schedule[t] if schedule is not None else peak)
+            lr = schedule[t] if schedule is not None else peak
+            group["lr"] = group["lr_scale"] * lr
         if optimizer.needs_next_batch_gradient and t + 1 < int(meta["T"]):
             # prev_grad.{t+1}: the gradient of the next batch at the present point
             for i, p in enumerate(params):
@@ -123,7 +199,6 @@ def compare(after: list[list[Tensor]], data: dict[str, Tensor], tolerance: Hyper
             assert error.max() <= atol, f"{where}: off by {error.max():.3g}, allowed {atol:.3g}"
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_follows_its_authors(golden: Path, compile: bool) -> None:
     meta = metadata(golden)
     if golden.stem in EXPECTED_DIFFERENCES:
@@ -139,6 +214,6 @@ def test_follows_its_authors(golden: Path, compile: bool) -> None:
         lr=hyper["lr"],
         weight_decay=hyper["weight_decay"],
         compile=compile,
-        **BUILDERS[meta["optimizer"]](hyper),
+        **BUILDERS[meta["optimizer"]]({**meta, **hyper}),
     )
     compare(follow(optimizer, params, data, meta), data, json.loads(meta["tolerance"]))

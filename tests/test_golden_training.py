@@ -60,7 +60,10 @@ def metadata(file: Path) -> dict[str, str]:
 
 def mars_overrides(s: Settings) -> list[str]:
     name = {"mars-adamw": "mars_adamw", "mars-lion": "mars_lion"}[s["mars_type"]]
-    momentum = {"mars_adamw": f"optim.betas={s['betas']}", "mars_lion": f"optim.beta={s['betas'][0]}"}
+    momentum = {
+        "mars_adamw": f"optim.betas={s['betas']}",
+        "mars_lion": f"optim.beta={s['betas'][0]}",
+    }
     return [
         f"optim={name}",
         momentum[name],
@@ -90,7 +93,9 @@ def configuration(kind: str, s: Settings) -> Config:
         "run.name=golden",
     ]
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        return load(compose("train", overrides=sorted(overrides, key=lambda o: "." in o.split("=")[0])))
+        return load(
+            compose("train", overrides=sorted(overrides, key=lambda o: "." in o.split("=")[0]))
+        )
 
 
 class Batches:
@@ -106,7 +111,7 @@ class Batches:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_follows_its_authors(golden: Path, dtype: torch.dtype) -> None:
     """In float64 the only difference left is the golden's own float32 rounding (1e-6, its README).
-    In float32 a sign rule is left out: one momentum of 7e-11 (typical: 9e-5) takes the other sign at
+    In float32 a sign rule is left out: one momentum of 7e-11 (typical 9e-5) takes the other sign at
     step 19 of mars_paper_mars_lion under any other order of summation, and the runs part."""
     meta, data = metadata(golden), load_file(golden)
     kind, shape, settings = meta["kind"], json.loads(meta["model"]), json.loads(meta["settings"])

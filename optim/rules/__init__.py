@@ -1,9 +1,10 @@
 """Every update rule, one file each.
 
-A file of this folder defines at most one `Rule` and a ``DEFAULTS`` table: the optimizer of that name
-as its authors' code has it (rule, correction, groups, hyper-parameters), in the shape of
-configs/optim/<name>.yaml and of `create_optimizer`'s keywords. A file without a rule of its own, such
-as mars_adamw, is a composition of others. Files are found by themselves; nothing is registered.
+A file of this folder defines at most one `Rule` and a ``DEFAULTS`` table: the optimizer of that
+name as its authors' code has it (rule, correction, groups, hyper-parameters), in the shape of
+configs/optim/<name>.yaml and of `create_optimizer`'s keywords. A file without a rule of its own,
+such as mars_adamw, is a composition of others. Files are found by themselves; nothing is
+registered.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from optim.rule import (
     Rule,
     State,
     check_beta,
+    check_choice,
     check_positive,
     ema_,
     ema_of_squares_,
@@ -36,8 +37,7 @@ class AdamW(Rule):
         for i, beta in enumerate(self.betas):
             check_beta(f"betas[{i}]", beta)
         check_positive("eps", self.eps)
-        if self.eps_style not in ("torch", "raw"):
-            raise ValueError(f"eps_style must be torch or raw, given {self.eps_style!r}")
+        check_choice("eps_style", self.eps_style, ("torch", "raw"))
 
     @property
     def momentum(self) -> float:

@@ -3,8 +3,8 @@
     c = clip(g + gamma beta / (1 - beta) (g - g'), 1)        m = beta m + (1 - beta) c
     u = sign(m)
 
-The authors' code (mars.py, mars_type="mars-lion") takes the sign of the plain average, without Lion's
-second interpolation: it is Signum on the corrected gradient. Gains and biases take AdamW.
+The authors' code (mars.py, mars_type="mars-lion") takes the sign of the plain average, without
+Lion's second interpolation: it is Signum on the corrected gradient. Gains and biases take AdamW.
 """
 
 from __future__ import annotations

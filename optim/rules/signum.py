@@ -3,7 +3,8 @@
     m = beta m + (1 - beta) g                u = sign(m)
 
 Equal to Lion with beta1 = beta2. Popular ports differ from the paper: some sum the momentum without
-(1 - beta), which changes nothing under the sign, or start it at a copy of the parameter, which does.
+(1 - beta), which changes nothing under the sign, or start it at a copy of the parameter, which
+does.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from data.tokenizer import GPT2_SHA256, Tokenizer, get_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +54,9 @@ def test_gpt2_takes_special_tokens_for_text(gpt2: Tokenizer) -> None:
     assert gpt2.eot not in gpt2.encode("a<|endoftext|>b")
 
 
-def test_gpt2_count_of_tinyshakespeare(gpt2: Tokenizer) -> None:
-    path = SHARED / "tinyshakespeare.txt"
-    if not path.is_file():
-        pytest.skip("tinyshakespeare.txt is not beside the repository")
-    assert gpt2.encode(path.read_text(encoding="utf-8")).size == 338_025
+def test_gpt2_count_of_tinyshakespeare(gpt2: Tokenizer, shared: Path) -> None:
+    text = (shared / "data" / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    assert gpt2.encode(text).size == 338_025
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
@@ -109,11 +106,8 @@ def _offline(tmp_path: Path, *arguments: str, **environment: str) -> str:
 
 
 @pytest.fixture
-def vocabulary(tmp_path: Path) -> Path:
-    source = SHARED / "gpt2_bpe"
-    if not source.is_dir():
-        pytest.skip("gpt2_bpe is not beside the repository")
-    return Path(shutil.copytree(source, tmp_path / "bpe"))
+def vocabulary(tmp_path: Path, shared: Path) -> Path:
+    return Path(shutil.copytree(shared / "data" / "gpt2_bpe", tmp_path / "bpe"))
 
 
 def test_vocabulary_from_named_folder(tmp_path: Path, vocabulary: Path) -> None:

@@ -1,0 +1,251 @@
+"""Our training step beside nanoGPT's, on a CPU, in one run.
+
+    python -m scripts.bench_cpu --nanogpt DIR                    DIR: a checkout of karpathy/nanoGPT
+    python -m scripts.bench_cpu --nanogpt DIR model.n_embd=384   and any override of configs/
+
+A CPU that somebody shares has no fixed speed, so the two take turns, a few seconds each: what is
+reported is the median of the ratios of neighboring turns, which a neighbor's load divides out of.
+Shape, precision, tokens and threads are the same. Our side is train.py's own `update`, loader and
+record; the other side is nanoGPT's model.py and optimizer, imported from the checkout, in the loop
+of its train.py, whose steps are retold in `NanoGPT.step`. Both log as often as `logging.every` says.
+
+Our step is also cut into its parts: what optimizer and logging take of it is the price of the bench.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
+from data.loader import Loader
+from data.order import create_order
+from data.prepare import prepare
+from data.shards import Split, open_split
+from data.tokenizer import get_tokenizer
+from model import GPT2, GPT2Config
+from optim import clip_grad_norm, create_optimizer
+from runtime.config import Config, load, model_config, schedule
+from runtime.device import Device, seed_step
+from runtime.record import Record
+from runtime.run import open_run
+from train import update
+
+CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+
+
+class Ours:
+    """train.py's loop between two evaluations, with a stopwatch in the optimizer and the record."""
+
+    def __init__(self, config: Config, splits: dict[str, Split], shape: GPT2Config) -> None:
+        self.config, self.shape = config, shape
+        self.device = Device.choose(config.train)
+        torch.manual_seed(config.seed)
+        self.model = GPT2(shape)
+        self.optimizer = create_optimizer(
+            named_parameters=self.model.named_parameters(),
+            compile=config.train.compile,
+            **config.optim,
+        )
+        self.forward: Any = torch.compile(self.model) if config.train.compile else self.model
+        order = create_order(
+            config.data.sampling,
+            tokens=len(splits["train"]),
+            context=shape.context,
+            global_batch=config.train.global_batch,
+            seed=config.seed,
+        )
+        self.loader = Loader(splits["train"], order, prefetch=config.data.prefetch)
+        self.lr_schedule = schedule(config)
+        self.record = Record(config, open_run(config), self.device, self.model, splits)
+        self.record.start(0, self.optimizer, None)
+        self.done = 0
+        self.spent = {"optimizer": 0.0, "logging": 0.0}  # seconds
+        self.optimizer.register_step_pre_hook(lambda *_: self._start())
+        self.optimizer.register_step_post_hook(lambda *_: self._stop("optimizer"))
+
+    def step(self) -> None:
+        figures = update(
+            self.config,
+            self.done,
+            self.forward,
+            self.optimizer,
+            self.lr_schedule,
+            self.loader,
+            self.device,
+        )
+        self._start()
+        self.record.settle(self.done)
+        self.record.expect(figures)
+        self._stop("logging")
+        self.done += 1
+
+    def _start(self) -> None:
+        self._started = time.perf_counter()
+
+    def _stop(self, part: str) -> None:
+        self.spent[part] += time.perf_counter() - self._started
+
+
+class NanoGPT:
+    """The loop of nanoGPT's train.py between two evaluations: one process, no scaling of the loss
+    (its GradScaler is off for float32 and bfloat16)."""
+
+    def __init__(self, folder: Path, config: Config, tokens: Path, shape: GPT2Config) -> None:
+        module = import_file("nanogpt_model", folder / "model.py")
+        self.config, self.tokens, self.shape = config, tokens, shape
+        self.device = Device.choose(config.train)
+        self.accumulation = config.train.global_batch // self.micro_batch
+        self.lr_schedule = schedule(config)
+        torch.manual_seed(config.seed)
+        self.model = module.GPT(
+            module.GPTConfig(
+                block_size=shape.context,
+                vocab_size=shape.padded_vocab_size,
+                n_layer=shape.n_layer,
+                n_head=shape.n_head,
+                n_embd=shape.n_embd,
+                dropout=shape.dropout,
+                bias=shape.bias,
+            )
+        )
+        self.optimizer = self.model.configure_optimizers(
+            config.optim["weight_decay"], config.optim["lr"], tuple(config.optim["betas"]), "cpu"
+        )
+        self.forward: Any = torch.compile(self.model) if config.train.compile else self.model
+        self.done, self.batch = 0, self.get_batch()
+
+    @property
+    def micro_batch(self) -> int:
+        return self.config.train.micro_batch or self.config.train.global_batch
+
+    def get_batch(self) -> tuple[Tensor, Tensor]:
+        """Random crops, the memory map opened anew each time, as nanoGPT does."""
+        data, length = np.memmap(self.tokens, dtype=np.uint16, mode="r"), self.shape.context
+        starts = torch.randint(len(data) - length, (self.micro_batch,)).tolist()
+        x, y = (
+            torch.stack([torch.from_numpy(data[i : i + length].astype(np.int64)) for i in shifted])
+            for shifted in (starts, [i + 1 for i in starts])
+        )
+        return x, y
+
+    def step(self) -> None:
+        lr = self.config.optim["lr"] * self.lr_schedule(self.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for _ in range(self.accumulation):
+            with self.device.autocast():
+                loss = self.forward(*self.batch)[1] / self.accumulation
+            self.batch = self.get_batch()
+            loss.backward()
+        if self.config.train.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.done % self.config.logging.every == 0:
+            print(f"iter {self.done}: loss {loss.item() * self.accumulation:.4f}")
+        self.done += 1
+
+
+def import_file(name: str, path: Path) -> Any:
+    if not path.is_file():
+        raise SystemExit(f"error: {path} does not exist: give --nanogpt a checkout of nanoGPT")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def configuration(folder: Path, overrides: list[str]) -> Config:
+    """configs/ with the overrides, for a run that leaves nothing behind."""
+    fixed = [f"run.dir={folder / 'run'}", "run.name=bench_cpu", "train.device=cpu"]
+    fixed += ["train.steps=1000000", "schedule.warmup_steps=100"]
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        return load(compose("train", overrides=[*fixed, *overrides]))
+
+
+def seconds(work: Callable[[], object], repeat: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeat):
+        work()
+    return time.perf_counter() - start
+
+
+def clip_seconds(ours: Ours) -> float:
+    """Median time of one gradient clip. Gradients of any size take the same."""
+    parameters = list(ours.model.parameters())
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    return statistics.median(seconds(lambda: clip_grad_norm(parameters, 1.0), 1) for _ in range(50))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of nanoGPT")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each side")
+    parser.add_argument("--steps", type=int, default=10, help="training steps per turn")
+    parser.add_argument("overrides", nargs="*", help="of configs/, such as model.n_layer=6")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = configuration(Path(folder), arguments.overrides)
+        prepared = prepare(config.data)
+        splits = {name: open_split(prepared, name) for name in ("train", "val")}
+        tokens = Path(folder) / "train.bin"
+        splits["train"].read(0, len(splits["train"])).astype(np.uint16).tofile(tokens)
+        shape = model_config(config, get_tokenizer(config.data.tokenizer).vocab_size)
+        with contextlib.redirect_stdout(io.StringIO()):  # both sides write, nobody reads
+            ours = Ours(config, splits, shape)
+            theirs = NanoGPT(arguments.nanogpt, config, tokens, shape)
+            seed_step(config.seed, 0)
+            for side in (ours, theirs):
+                seconds(side.step, arguments.steps)  # warm-up
+            ours.spent = dict.fromkeys(ours.spent, 0.0)
+            turns = [
+                (seconds(ours.step, arguments.steps), seconds(theirs.step, arguments.steps))
+                for _ in range(arguments.rounds)
+            ]
+            clip = clip_seconds(ours)
+            ours.loader.close()
+
+    mine = statistics.median(a for a, _ in turns) / arguments.steps
+    other = statistics.median(b for _, b in turns) / arguments.steps
+    ratios = sorted(b / a for a, b in turns)
+    whole = sum(a for a, _ in turns)
+    optimizer, logging = (ours.spent[part] / whole for part in ("optimizer", "logging"))
+    batch = config.train.global_batch
+    print(
+        f"GPT-2 of {ours.model.num_parameters():,} parameters, {batch} x {shape.context} tokens, "
+        f"{ours.device.precision}, {arguments.threads} threads, torch {torch.__version__}"
+    )
+    print(f"ours     {1 / mine:8.2f} steps/s   {1e3 * mine:8.2f} ms")
+    print(f"nanoGPT  {1 / other:8.2f} steps/s   {1e3 * other:8.2f} ms")
+    print(
+        f"ratio    {statistics.median(ratios):8.3f}   (quartiles {ratios[len(ratios) // 4]:.3f} "
+        f"to {ratios[3 * len(ratios) // 4]:.3f}; above 1 ours is faster)"
+    )
+    print(
+        f"of our step: optimizer {optimizer:.1%}, logging {logging:.1%}, together "
+        f"{optimizer + logging:.1%}; clipping {clip / mine:.1%} besides"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What holds for every optimizer. New files of optim/rules are picked up by themselves."""
+
+from __future__ import annotations
+
+import copy
+import io
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from optim import Optimizer, create_optimizer, list_optimizers
+from optim.create import SETTINGS, resolve
+from optim.rules import rules
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "optim"
+MATRIX_RULES = [name for name, rule in rules().items() if rule.granularity == "matrix"]
+every_optimizer = pytest.mark.parametrize("name", list_optimizers())
+
+
+class Net(nn.Module):
+    """One parameter of each role, and matrices that are square, wide and tall."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wte = nn.Embedding(10, 8)
+        self.square, self.wide, self.tall = nn.Linear(8, 8), nn.Linear(12, 8), nn.Linear(8, 12)
+        self.lm_head = nn.Linear(8, 10, bias=False)
+        self.to(dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.wte(tokens)
+        x = x + self.square(torch.tanh(x))
+        x = x + self.wide(torch.tanh(self.tall(x)))
+        return self.lm_head(x).float()
+
+
+def loss_of(model: nn.Module, step: int = 0) -> Tensor:
+    tokens = torch.randint(10, (64,), generator=torch.Generator().manual_seed(step))
+    return nn.functional.cross_entropy(model(tokens), (3 * tokens + 1) % 10)
+
+
+def advance(
+    model: nn.Module, optimizer: Optimizer, steps: range, set_to_none: bool = True
+) -> nn.Module:
+    for step in steps:
+        optimizer.zero_grad(set_to_none=set_to_none)
+        loss_of(model, step).backward()
+        optimizer.step()
+    return model
+
+
+def make(model: nn.Module, name: str, **options: Any) -> Optimizer:
+    return create_optimizer(name, model.named_parameters(), **options)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@every_optimizer
+def test_lowers_the_loss_with_its_defaults(name: str) -> None:
+    model = Net()
+    before = loss_of(model).item()
+    after = loss_of(advance(model, make(model, name), range(40))).item()
+    assert after < before - 1e-3
+
+
+@every_optimizer
+def test_state_is_float32_under_bfloat16_parameters(name: str) -> None:
+    model = Net(torch.bfloat16)
+    optimizer = make(model, name)
+    dtypes = {tensor.dtype for tensor in optimizer.named_state().values()}
+    assert dtypes <= {torch.float32, torch.float64}
+    advance(model, optimizer, range(12))
+    assert {tensor.dtype for tensor in optimizer.named_state().values()} == dtypes
+    assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in model.parameters())
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reloaded_state_continues_bit_identically(name: str, dtype: torch.dtype) -> None:
+    first = Net(dtype)
+    optimizer = make(first, name)
+    advance(first, optimizer, range(7))
+    second, file = copy.deepcopy(first), io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    resumed = make(second, name)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for model, its in ((first, optimizer), (second, resumed)):
+        advance(model, its, range(7, 16))
+    assert_equal(weights(first), weights(second))
+
+
+@every_optimizer
+def test_set_to_none_does_not_matter(name: str) -> None:
+    a, b = Net(), Net()
+    advance(a, make(a, name), range(8), set_to_none=True)
+    advance(b, make(b, name), range(8), set_to_none=False)
+    assert_equal(weights(a), weights(b))
+
+
+@every_optimizer
+def test_a_parameter_without_gradient_is_left_alone(name: str) -> None:
+    model = Net()
+    optimizer = make(model, name, weight_decay=0.1)
+    advance(model, optimizer, range(2))
+    before, state = weights(model), {k: v.clone() for k, v in optimizer.named_state().items()}
+    optimizer.zero_grad()
+    optimizer.step()
+    assert_equal(before, weights(model))
+    assert all(torch.equal(state[k], v) for k, v in optimizer.named_state().items())
+
+
+@every_optimizer
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_zero_gradients_give_finite_updates(name: str, steps_before: int) -> None:
+    model = Net()
+    optimizer = make(model, name)
+    advance(model, optimizer, range(steps_before))
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    advance(model, optimizer, range(3))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@every_optimizer
+def test_gradients_are_only_read(name: str) -> None:
+    model = Net()
+    optimizer = make(model, name, weight_decay=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        grads = [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+        assert_equal(grads, [p.grad for p in model.parameters()])
+
+
+@every_optimizer
+def test_its_yaml_names_every_hyperparameter(name: str) -> None:
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert config["name"] == name
+    assert set(SETTINGS) <= set(config)
+    for group, spec in resolve(**config).items():
+        names = {f.name for f in fields(rules()[spec["rule"]])}
+        assert set(spec["hyper"]) == names, f"group {group}"
+    model = Net()
+    advance(model, create_optimizer(named_parameters=model.named_parameters(), **config), range(2))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", MATRIX_RULES)
+@pytest.mark.parametrize("shape", [(8, 8), (8, 12), (12, 8)])
+def test_stacked_matrices_are_updated_as_one_by_one(name: str, shape: tuple[int, int]) -> None:
+    rule = rules()[name]()
+    generator = torch.Generator().manual_seed(0)
+    params = torch.randn(3, *shape, generator=generator)
+    singles = [rule.init_state(p) for p in params]
+    stack = {key: torch.stack([state[key] for state in singles]) for key in singles[0]}
+    for t in range(1, 5):
+        step = torch.tensor(float(t), dtype=torch.float64)
+        grads = torch.randn(3, *shape, generator=generator)
+        together = rule.direction(grads, stack, params, step)
+        for i, state in enumerate(singles):
+            views = {key: tensor.unsqueeze(0) for key, tensor in state.items()}
+            alone = rule.direction(grads[i : i + 1], views, params[i : i + 1], step)
+            assert torch.allclose(together[i], alone[0], rtol=1e-4, atol=1e-5)
+            for key, tensor in state.items():
+                assert torch.allclose(stack[key][i], tensor, rtol=1e-4, atol=1e-5), key

@@ -1,0 +1,321 @@
+"""Interrupted anywhere and started again: bit-identical to never interrupted.
+
+A checkpoint after every step puts about half of all kills inside a checkpoint write.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from system import (
+    Command,
+    Outcome,
+    assert_same_run,
+    checkpoints,
+    here,
+    metrics,
+    shell,
+    start,
+    tensors,
+    wait,
+)
+
+EVERY_STEP = ("train.checkpoint_every=1", "train.eval_every=5")
+
+
+def kill(command: Command, folder: Path, chance: random.Random) -> tuple[bool, bool]:
+    """Start the command and kill it after a random time. Returns whether it was alive still, and
+    whether it was killed inside a checkpoint write."""
+    log = folder / "log.txt"
+    said = log.stat().st_size if log.exists() else 0
+    process = start(*command, output=folder.with_suffix(".out"))
+    if chance.random() < 0.75:  # count from the start of training, else from that of the process
+        while process.is_alive() and (log.stat().st_size if log.exists() else 0) == said:
+            time.sleep(0.001)
+    time.sleep(chance.uniform(0, 0.4))
+    alive = process.is_alive()
+    process.kill()
+    process.join()
+    return alive, any(folder.glob("checkpoints/*.tmp"))
+
+
+def finish(command: Command, folder: Path) -> None:
+    output = folder.with_suffix(".out")
+    process = start(*command, output=output)
+    process.join(120)
+    assert process.exitcode == 0, output.read_text()
+
+
+def survives(command: Command, reference: Path, folder: Path, kills: int, seed: int) -> list[bool]:
+    """Run the command through so many kills, and compare; where they fell (True: inside a write)."""
+    chance = random.Random(seed)
+    inside: list[bool] = []
+    for _ in range(kills):
+        alive, wrote = kill(command, folder, chance)
+        if not alive:
+            break
+        inside.append(wrote)
+    finish(command, folder)
+    print(f"seed {seed}: {len(inside)} kills, {sum(inside)} inside a checkpoint write")  # on failure
+    assert_same_run(reference, folder)
+    assert not list(folder.glob("**/*.tmp"))
+    return inside
+
+
+def test_sigkill_changes_no_bit(tiny: Command, tmp_path: Path) -> None:
+    command = (*tiny, *EVERY_STEP, "train.steps=60")
+    reference = here(*command, "run.dir=reference").dir
+    inside = survives((*command, "run.dir=killed"), reference, tmp_path / "killed", 3, seed=1)
+    assert inside, "the run ended before the first kill"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "optimizer",
+    [("optim=adamw", "model.dropout=0.1"), ("optim=mars_adamw", "optim.mars.exact=true")],
+    ids=["adamw", "exact_mars"],
+)
+def test_sigkill_at_many_moments(tiny: Command, tmp_path: Path, optimizer: Command) -> None:
+    command = (*tiny, *EVERY_STEP, *optimizer, "train.steps=100", "train.micro_batch=2")
+    reference = here(*command, "run.dir=reference").dir
+    inside: list[bool] = []
+    attempt = 0
+    while len(inside) < 20:
+        attempt += 1
+        name = f"killed_{attempt}"
+        inside += survives(
+            (*command, f"run.dir={name}"), reference, tmp_path / name, 12, seed=100 + attempt
+        )
+    assert any(inside), "no kill fell into a checkpoint write: the test has tested less than it says"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_cleanly_and_loses_nothing(tiny: Command, name: str) -> None:
+    command = (*tiny, "train.steps=400", "train.eval_every=100", "train.checkpoint_every=1000")
+    process = shell(*command, "run.dir=stopped")
+    while not Path("stopped/metrics.jsonl").exists() or len(metrics(Path("stopped"))) < 20:
+        time.sleep(0.01)
+    process.send_signal(getattr(signal, name))
+    outcome = wait(process)
+    stopped = outcome.result["step"]
+    assert outcome.err == ""
+    assert 0 < stopped < 400
+    assert checkpoints(outcome.dir)[-1].name == f"step_{stopped:08d}"
+    assert json.loads(Path("stopped/summary.json").read_text())["stopped_by"] == name
+    assert f"stopped by {name}; the same command continues it" in outcome.out
+
+    assert here(*command, "run.dir=stopped").result["step"] == 400
+    assert_same_run(here(*command, "run.dir=reference").dir, Path("stopped"))
+
+
+def test_a_living_run_is_not_taken_over(tiny: Command) -> None:
+    """Without run.dir the second start makes a run of its own; with it, it is refused."""
+    long = (*tiny, "train.steps=100000", "train.eval_every=0", "train.checkpoint_every=0")
+    first = shell(*long)
+    try:
+        while not list(Path("runs").glob("*/metrics.jsonl")):
+            time.sleep(0.01)
+        (living,) = Path("runs").iterdir()
+        assert "is in use by another process" in here(*long, f"run.dir={living}").error
+        assert "is in use by another process" in here(*long, f"train.resume={living}").error
+        second = shell(*long)
+        while len(list(Path("runs").glob("*/metrics.jsonl"))) < 2:
+            time.sleep(0.01)
+        second.kill()
+        wait(second)
+    finally:
+        first.send_signal(signal.SIGTERM)
+        outcome = wait(first)
+    assert outcome.dir.name == living.name
+
+
+def interrupted(command: Command, at: int, run: str) -> Path:
+    """A run folder as a kill right after the checkpoint of step ``at`` leaves it."""
+    folder = here(*command, f"run.dir={run}").dir
+    for path in checkpoints(folder):
+        if int(path.name[5:]) > at:
+            shutil.rmtree(path)
+    (folder / "summary.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def eight(tiny: Command) -> Command:
+    """Eight steps, all checkpoints kept."""
+    return (*tiny, "train.checkpoint_every=2", "train.keep_checkpoints=9")
+
+
+def test_the_same_command_finds_its_unfinished_run(eight: Command, tmp_path: Path) -> None:
+    reference = here(*eight, "run.dir=reference").dir
+    for name, run in {
+        "mine": "runs/2026-01-01_000000_mine",
+        "not_mine": "runs/2026-01-02_000000_not_mine",  # the name merely ends alike
+    }.items():
+        interrupted((*eight, f"run.name={name}"), 4, run)
+    outcome = here(*eight, "run.name=mine")
+    assert outcome.dir == tmp_path / "runs/2026-01-01_000000_mine"
+    assert "continuing at step 4" in outcome.out
+    assert_same_run(reference, outcome.dir)
+    assert here(*eight, "run.name=mine").dir != outcome.dir  # that one is finished: a new run
+
+
+def test_resume_never_starts_anew(eight: Command) -> None:
+    folder = interrupted(eight, 4, "runs/2026-01-01_000000_gpt2_nano_adamw_text")
+    assert here(*eight, "train.resume=never").dir.resolve() != folder.resolve()
+    error = here(*eight, "train.resume=never", f"run.dir={folder}").error
+    assert "already holds a run: choose another run.dir, or train.resume=auto" in error
+
+
+def test_a_finished_run_is_not_run_again(eight: Command) -> None:
+    first = here(*eight, "run.dir=done")
+    before = tensors(first.dir)
+    again = here(*eight, "run.dir=done")
+    assert again.result == first.result
+    assert tensors(first.dir) == before
+
+
+def test_a_finished_run_can_be_continued_for_longer(eight: Command) -> None:
+    folder = here(*eight, "schedule=constant", "run.dir=longer").dir
+    longer = (*eight, "schedule=constant", f"train.resume={folder}", "train.steps=12")
+    outcome = here(*longer)
+    assert outcome.result["step"] == 12
+    assert "continuing with changed settings: train.steps was 8, now 12" in outcome.out
+    assert [line["step"] for line in metrics(folder)] == list(range(13))
+    assert here(*longer).result == outcome.result  # finished now
+    error = here(*longer, "train.steps=4").error if False else None
+    assert error is None
+
+
+def test_fewer_steps_than_done_are_refused(eight: Command) -> None:
+    folder = interrupted(eight, 6, "done_6")
+    error = here(*eight, f"train.resume={folder}", "train.steps=4").error
+    assert "step_00000006 is already beyond train.steps=4: raise train.steps" in error
+
+
+@pytest.mark.parametrize("path", ["source", "source/checkpoints/step_00000004"])
+def test_a_fork_goes_on_from_a_checkpoint_in_a_new_folder(eight: Command, path: str) -> None:
+    reference = here(*eight, "run.dir=reference").dir
+    interrupted(eight, 4, "source")
+    before = sorted(Path("source").rglob("*"))
+    fork = here(*eight, f"train.resume={path}", "run.dir=fork").dir
+    assert sorted(Path("source").rglob("*")) == before
+    assert tensors(fork) == tensors(reference)
+    assert metrics(fork) == [line for line in metrics(reference) if line["step"] > 4]
+
+
+def test_a_fork_killed_before_its_first_checkpoint_starts_from_its_source_again(
+    eight: Command,
+) -> None:
+    reference = here(*eight, "run.dir=reference").dir
+    interrupted(eight, 4, "source")
+    fork = (*eight, "train.resume=source", "run.dir=fork")
+    folder = here(*fork).dir
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "summary.json").unlink()
+    assert "continuing at step 4" in here(*fork).out
+    assert tensors(folder) == tensors(reference)
+
+
+def test_a_fork_may_change_settings_but_not_the_model_or_optimizer(eight: Command) -> None:
+    interrupted(eight, 4, "source")
+    fork = (*eight, "train.resume=source/checkpoints/step_00000004")
+    assert here(*fork, "run.dir=a", "optim.lr=1e-4").result["step"] == 8
+    error = here(*fork, "run.dir=b", "model.n_embd=64").error
+    assert "step_00000004 holds another model than model=... asks for: size mismatch" in error
+    error = here(*fork, "run.dir=c", "optim=lion").error
+    assert "the saved optimizer state is another optimizer's" in error
+    assert not Path("b").exists() and not Path("c").exists()
+
+
+def test_other_settings_in_the_same_folder_are_named(eight: Command) -> None:
+    folder = interrupted(eight, 4, "mine")
+    error = here(*eight, "run.dir=mine", "optim.lr=0.5").error
+    assert "mine holds a run with other settings: optim.lr was 0.001, now 0.5" in error
+    outcome = here(*eight, "train.resume=mine", "optim.lr=0.5")
+    assert outcome.dir == folder
+    assert "continuing with changed settings: optim.lr was 0.001, now 0.5" in outcome.out
+
+
+def test_what_shapes_no_weight_may_change(eight: Command) -> None:
+    """Another micro-batch, logging, keeping of checkpoints; infinity, which JSON does not have."""
+    command = (*eight, "train.grad_clip=inf", "run.dir=mine")
+    interrupted(command, 4, "mine")
+    free = ("train.micro_batch=1", "logging.every=3", "train.keep_checkpoints=1")
+    assert "continuing at step 4" in here(*command, *free).out
+
+
+def test_a_run_killed_before_its_first_record_starts_again(eight: Command) -> None:
+    """Between making the folder and writing trajectory.json, last of the header."""
+    reference = here(*eight, "run.dir=mine").dir
+    final = tensors(reference)
+    for path in reference.iterdir():
+        if path.name not in (".run.lock", "log.txt", "config.yaml"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert tensors(here(*eight, "run.dir=mine").dir) == final
+
+
+def test_half_a_checkpoint_is_never_picked_up(eight: Command) -> None:
+    reference = here(*eight, "run.dir=reference").dir
+    folder = interrupted(eight, 4, "mine")
+    newest = folder / "checkpoints/step_00000004"
+    shutil.copytree(newest, newest.with_name("step_00000006.tmp"))
+    outcome = here(*eight, "run.dir=mine")
+    assert "continuing at step 4" in outcome.out
+    assert_same_run(reference, folder)
+    assert not list(folder.glob("checkpoints/*.tmp"))
+
+
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "checkpoint.json"])
+def test_a_damaged_checkpoint_is_set_aside(eight: Command, file: str) -> None:
+    reference = here(*eight, "run.dir=reference").dir
+    folder = interrupted(eight, 6, "mine")
+    cut(folder / "checkpoints/step_00000006" / file)
+    outcome = here(*eight, "run.dir=mine")
+    assert "step_00000006 is not whole: set aside, continuing without it" in outcome.out
+    assert "continuing at step 4" in outcome.out
+    assert_same_run(reference, folder)
+    assert (folder / "checkpoints/step_00000006.damaged" / file).exists()
+
+
+def test_a_damaged_checkpoint_named_by_the_user_is_refused(eight: Command) -> None:
+    folder = interrupted(eight, 6, "mine")
+    newest = folder / "checkpoints/step_00000006"
+    cut(newest / "tensors.safetensors")
+    error = here(*eight, f"train.resume={newest}").error
+    assert "is neither a run with a checkpoint nor a checkpoint" in error
+    assert newest.exists()
+
+
+def test_a_checkpoint_of_other_data_is_refused(eight: Command, tmp_path: Path) -> None:
+    interrupted(eight, 4, "mine")
+    (tmp_path / "other.txt").write_text("To be or not to be, that is the question.\n" * 500)
+    other = ("data.files=[other.txt]", "data.dir=other")
+    error = here(*eight, *other, "train.resume=mine/checkpoints/step_00000004").error
+    assert "was trained on other data than" in error
+
+
+def test_a_stopped_sweep_does_not_start_its_next_trial(tiny: Command) -> None:
+    trials = (*tiny, "-m", "seed=1,2", "train.steps=100000", "train.eval_every=0")
+    sweep = shell(*trials, "hydra.sweep.dir=sweep", "train.checkpoint_every=0")
+    while not Path("sweep/0/metrics.jsonl").exists():
+        time.sleep(0.01)
+    sweep.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    try:
+        outcome: Outcome | Any = wait(sweep, timeout=20)
+    finally:
+        sweep.kill()
+    assert outcome.result["run_dir"] == "sweep/0"
+    assert not Path("sweep/1").exists()
