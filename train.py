@@ -16,8 +16,9 @@ nothing.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import hydra
 import torch
@@ -34,7 +35,7 @@ from data.shards import check_vocab, open_split
 from data.tokenizer import Tokenizer, get_tokenizer
 from eval.loss import Validation
 from eval.sample import sample_text
-from model import MODELS
+from model import GPT2, MODELS
 from optim import Optimizer, Schedule, clip_grad_norm, create_optimizer
 from report.curves import plot_loss
 from runtime import checkpoint
@@ -60,6 +61,8 @@ def main(tree: DictConfig) -> None:
         run.close()
     keys = ("run_dir", "step", "tokens", "val_loss")
     print(json.dumps({key: result[key] for key in keys}), flush=True)
+    if job.mode == RunMode.MULTIRUN and not result["finished"]:
+        sys.exit()  # asked to stop: that means the trials to come as well
 
 
 def train(config: Config, run: Run) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def train(config: Config, run: Run) -> dict[str, Any]:
     order.check(config.train.steps + optimizer.needs_next_batch_gradient)
     rows = config.train.micro_batch or config.train.global_batch
     validation = Validation(splits["val"], shape.context, config.train.eval_tokens, rows)
-    forward = torch.compile(model, dynamic=False) if config.train.compile else model
+    forward = compiled(model) if config.train.compile else model
     pin = device.device.type == "cuda"
     loader = Loader(splits["train"], order, pin_memory=pin, prefetch=config.data.prefetch)
     lr_schedule, every = schedule(config), config.train
@@ -119,6 +122,11 @@ def train(config: Config, run: Run) -> dict[str, Any]:
             record.expect(figures)
             step += 1
         return record.finish(step, val_loss, stop.requested)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """The model compiled for its one shape; parameters and their names stay the model's."""
+    return cast(nn.Module, torch.compile(model, dynamic=False))
 
 
 class Batches(Protocol):
@@ -170,7 +178,7 @@ def backward(config: Config, model: nn.Module, batch: Tensor, device: Device) ->
     return torch.stack(losses)
 
 
-def illustrate(config: Config, record: Record, model: nn.Module, tokenizer: Tokenizer) -> None:
+def illustrate(config: Config, record: Record, model: GPT2, tokenizer: Tokenizer) -> None:
     """Show how far the run is: a generated text in the log, the loss curve as a picture."""
     if config.train.sample_tokens:
         record.say(sample_text(model, tokenizer, config.train.sample_tokens, config.seed))
@@ -188,7 +196,7 @@ def save(
     val_loss: float | None,
 ) -> None:
     record.flush()  # metrics up to this step are on the disk before the checkpoint is
-    tensors = {f"model.{name}": p for name, p in model.named_parameters()}
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     tensors |= {f"optim.{name}": t for name, t in optimizer.named_state().items()}
     meta = {"scaler": device.scaler.state_dict(), **record.state()}
     run.checkpoints.save(step, tensors, meta, val_loss)
@@ -206,7 +214,7 @@ def resume(
         model.load_state_dict(saved)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
-        raise ValueError(f"{run.start} holds another model than model=... asks for: {reason}") from None
+        raise ValueError(f"{run.start} holds another model than model=: {reason}") from None
     optimizer.load_named_state(
         {name.removeprefix("optim."): t for name, t in tensors.items() if name[:6] == "optim."}
     )

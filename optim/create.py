@@ -21,7 +21,8 @@ from optim.optimizer import Optimizer
 from optim.roles import assign, named_list
 from optim.rules import build_rule, known, modules, rules
 
-SETTINGS = {  # of an optimizer and of each of its groups, with what holds where nothing is said
+# settings of an optimizer and of each of its groups, with what holds where nothing is said
+SETTINGS: dict[str, Any] = {
     "rule": None,
     "lr": None,
     "weight_decay": 0.0,

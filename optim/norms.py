@@ -31,9 +31,13 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def matrix_norm(x: Tensor) -> Tensor:
     """Euclidean (Frobenius) norm of each matrix in a stack (..., rows, cols), as (..., 1, 1)."""
+    return norm_along(norm_along(x, -1), -2)
+
+
+def norm_along(x: Tensor, dim: int) -> Tensor:
+    """Euclidean norms along one dimension, which is kept with size 1."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=dtype)
 
 
 def rms(x: Tensor) -> Tensor:

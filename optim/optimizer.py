@@ -14,7 +14,8 @@ created with the optimizer, at least in float32 whatever the parameter's precisi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 from optim.correction import CORRECTIONS, Correction
 from optim.mask import MASKS, Mask
 from optim.roles import role_of
-from optim.rule import Rule, State
+from optim.rule import Direction, Rule, State
 from optim.rules import build_rule
 
 
@@ -43,13 +44,13 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(
         self, groups: Iterable[Mapping[str, Any]], *, compile: bool = False, maximize: bool = False
     ) -> None:
-        groups = [dict(group) for group in groups]
+        own = [dict(group) for group in groups]
         # torch calls add_param_group from its constructor: what that needs must exist before
         self._compile = compile
         self._updates: dict[Any, Callable[..., None]] = {}
         self._lr: dict[str, Tensor] = {}
-        defaults = {k: v for k, v in groups[0].items() if k not in ("params", "name")}
-        super().__init__(groups, {**defaults, "maximize": maximize})
+        defaults = {k: v for k, v in own[0].items() if k not in ("params", "name")}
+        super().__init__(own, {**defaults, "maximize": maximize})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, also later; what it does not say is taken from the first group."""
@@ -63,7 +64,7 @@ class Optimizer(torch.optim.Optimizer):
             group["lr"] = group["lr"].clone()
         rule, correction, _ = self._parts(group)
         for name, param in zip(group["param_names"], group["params"], strict=True):
-            if rule.granularity == "matrix" and param.ndim != 2:
+            if rule.granularity == "matrix" and param.ndim not in rule.orders:
                 raise ValueError(
                     f"{name} has shape {tuple(param.shape)}, but {group['rule']} updates matrices "
                     f"only: give it another rule in optim.groups"
@@ -90,6 +91,47 @@ class Optimizer(torch.optim.Optimizer):
                     if p.grad is not None:
                         self.state[p]["next_grad"].copy_(_signed(p.grad, group))
 
+    @property
+    def needs_hessian_gradient(self) -> bool:
+        """Whether the loop must now, between two steps, provide the gradient of the mean loss on
+        labels sampled from the model's own predictions and announce it with
+        `store_hessian_gradient` (Sophia)."""
+        return any(self._wanting_hessian_gradient())
+
+    @torch.no_grad()
+    def store_hessian_gradient(self) -> None:
+        """Take the gradients that lie in ``p.grad`` as those on sampled labels."""
+        for rule, p in self._wanting_hessian_gradient():
+            if p.grad is not None:
+                grad = p.grad.to(torch.promote_types(p.grad.dtype, torch.float32))
+                rule.observe_hessian_gradient(grad, self.state[p])
+
+    def _wanting_hessian_gradient(self) -> Iterator[tuple[Rule, Tensor]]:
+        for group in self.param_groups:
+            rule, _, _ = self._parts(group)
+            for p in group["params"]:
+                if rule.wants_hessian_gradient(_count(self.state[p])):
+                    yield rule, p
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Within, parameters hold the weights to evaluate and to publish: for rules that average
+        (schedule-free ones) the averages, which cost a copy of them; for all others what they
+        hold anyway. Afterwards they hold what they held, bit for bit."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        with torch.no_grad():
+            for group in self.param_groups:
+                rule, _, _ = self._parts(group)
+                for p in group["params"] if rule.averages else []:
+                    kept.append((p, p.detach().clone()))
+                    p.copy_(rule.evaluation_weight(p, self.state[p]))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, weight in kept:
+                    p.copy_(weight)
+
     def set_lr(self, lr: float) -> None:
         """Give every group ``lr`` times its own ``lr_scale``."""
         for group in self.param_groups:
@@ -101,15 +143,22 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        to_join: dict[Rule, None] = {}
         for group in self.param_groups:
             rule, correction, mask = self._parts(group)
             lr = self._lr_tensor(group)
             for params in self._stacks(rule, group["params"]):
                 states = [self.state[p] for p in params]
-                grads = [_signed(p.grad, group) for p in params]
+                grads = [_signed(p.grad, group) for p in params if p.grad is not None]
                 torch._foreach_add_([state["step"] for state in states], 1.0)
-                update = self._update(rule, correction, mask, params)
+                direction = rule.direction_at(_count(states[0]))
+                update = self._update(rule, correction, mask, direction, params)
                 update(params, grads, states, lr=lr, weight_decay=group["weight_decay"])
+                if rule.joint:
+                    to_join[rule] = None
+        for rule in to_join:
+            groups = [group for group in self.param_groups if self._parts(group)[0] == rule]
+            rule.join([self.state[p] for group in groups for p in group["params"]])
         return loss
 
     def _stacks(self, rule: Rule, params: list[Tensor]) -> list[list[Tensor]]:
@@ -120,8 +169,7 @@ class Optimizer(torch.optim.Optimizer):
             return [[p] for p in params]
         stacks: dict[Any, list[Tensor]] = {}
         for p in params:
-            step = float(self.state[p]["step"])  # lives on the CPU: not a sync
-            stacks.setdefault((p.shape, p.dtype, step), []).append(p)
+            stacks.setdefault((p.shape, p.dtype, _count(self.state[p])), []).append(p)
         return list(stacks.values())
 
     def _parts(self, group: Mapping[str, Any]) -> tuple[Rule, Correction, Mask]:
@@ -140,10 +188,15 @@ class Optimizer(torch.optim.Optimizer):
         return lr.fill_(group["lr"])
 
     def _update(
-        self, rule: Rule, correction: Correction, mask: Mask, params: list[Tensor]
+        self,
+        rule: Rule,
+        correction: Correction,
+        mask: Mask,
+        direction: Direction,
+        params: list[Tensor],
     ) -> Callable[..., None]:
-        update = partial(update_parameters, rule, correction, mask)
-        if not self._compile:
+        update = partial(update_parameters, rule, correction, mask, direction)
+        if not self._compile or direction != rule.direction:
             return update
         key = (rule, correction, mask, params[0].shape, params[0].dtype, len(params))
         if key not in self._updates:
@@ -151,7 +204,7 @@ class Optimizer(torch.optim.Optimizer):
             own = FunctionType(update_parameters.__code__.replace(), update_parameters.__globals__)
             own.__kwdefaults__ = update_parameters.__kwdefaults__
             compiled = torch.compile(own, dynamic=False, fullgraph=True)
-            self._updates[key] = partial(compiled, rule, correction, mask)
+            self._updates[key] = partial(compiled, rule, correction, mask, direction)
         return self._updates[key]
 
     # ---- state ----------------------------------------------------------------------------------
@@ -213,6 +266,7 @@ def update_parameters(
     rule: Rule,
     correction: Correction,
     mask: Mask,
+    direction: Direction,
     params: list[Tensor],
     grads: list[Tensor],
     states: list[State],
@@ -223,13 +277,16 @@ def update_parameters(
     """One update of parameters of one shape; a pure function of tensors, eager or compiled."""
     step = states[0]["step"]
     grads = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
-    corrected = [correction(g, s, rule) for g, s in zip(grads, states, strict=True)]
+    corrected = [
+        rule.regularize(correction(g, s, rule), p, weight_decay)
+        for g, s, p in zip(grads, states, params, strict=True)
+    ]
     if rule.granularity == "matrix":
         keys = [key for key in states[0] if key != "step" and key not in correction.keys]
-        directions = _stacked_direction(rule, corrected, states, keys, params, step)
+        directions = _stacked_direction(direction, corrected, states, keys, params, step)
     else:
         directions = [
-            rule.direction(c, s, p, step) for c, s, p in zip(corrected, states, params, strict=True)
+            direction(c, s, p, step) for c, s, p in zip(corrected, states, params, strict=True)
         ]
     for p, g, s, u in zip(params, grads, states, directions, strict=True):
         rule.apply(p, mask(u, g), s, lr, weight_decay, step)
@@ -237,7 +294,7 @@ def update_parameters(
 
 
 def _stacked_direction(
-    rule: Rule,
+    direction: Direction,
     grads: list[Tensor],
     states: list[State],
     keys: list[str],
@@ -246,7 +303,7 @@ def _stacked_direction(
 ) -> list[Tensor]:
     """Directions of matrices of one shape, all in one call on stacks (n, rows, cols)."""
     stacked = {key: _stack([state[key] for state in states]) for key in keys}
-    u = rule.direction(_stack(grads), stacked, _stack(params), step)
+    u = direction(_stack(grads), stacked, _stack(params), step)
     for key, stack in stacked.items():
         for state, tensor in zip(states, stack.unbind(), strict=True):
             state[key].copy_(tensor)  # nothing to do where the stack is a view
@@ -256,6 +313,11 @@ def _stacked_direction(
 def _stack(tensors: list[Tensor]) -> Tensor:
     """Tensors of one shape as one, with a leading axis; a single one is not copied."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _count(state: State) -> int:
+    """Steps done, on the host. numpy() refuses a device tensor: no sync can hide here."""
+    return int(state["step"].numpy())
 
 
 def _signed(grad: Tensor, group: Mapping[str, Any]) -> Tensor:

@@ -66,9 +66,10 @@ def assign(
     ``groups[name]["match"]`` is one matcher or a list of them: a role, or a regular expression that
     is searched in the parameter's name. ``roles`` (pattern -> role) overrides `role_of`.
     """
-    for pattern, role in (roles or {}).items():
-        if role not in ROLES:
-            raise ValueError(f"roles[{pattern!r}] is {role!r}, expected one of {', '.join(ROLES)}")
+    for pattern, wanted in (roles or {}).items():
+        if wanted not in ROLES:
+            expected = ", ".join(ROLES)
+            raise ValueError(f"roles[{pattern!r}] is {wanted!r}, expected one of {expected}")
     role = {name: _role(name, p, roles or {}) for name, p in parameters}
     taken: dict[str, list[tuple[str, Tensor]]] = {group: [] for group in groups}
     unused = {m for spec in groups.values() for m in _matchers(spec) if m not in ROLES}

@@ -14,7 +14,7 @@ not promote a float32 expression, and 1 - beta**step keeps its digits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+Direction = Callable[[Tensor, State, Tensor, Tensor], Tensor]
 Granularity = Literal["element", "tensor", "matrix"]
 
 
@@ -32,6 +33,12 @@ class Rule:
     # element: every entry on its own; tensor: a whole-tensor norm or row and column sums;
     # matrix: the whole matrix, given as a stack (n, rows, cols) of matrices of one shape.
     granularity: ClassVar[Granularity] = "element"
+    # dimensions that a parameter may have, for granularity "matrix"
+    orders: ClassVar[tuple[int, ...]] = (2,)
+    # whether something is summed over all parameters of the rule after each step, by `join`
+    joint: ClassVar[bool] = False
+    # whether the weights to evaluate are others than those to train
+    averages: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -57,12 +64,21 @@ class Rule:
         every checkpoint has the same keys."""
         return {}
 
+    def regularize(self, grad: Tensor, param: Tensor, weight_decay: float) -> Tensor:
+        """The gradient that `direction` gets; a rule with coupled (L2) decay adds it here."""
+        return grad
+
     def direction(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
         """The direction u of ``param <- param - lr * u``; ``state`` is updated in place.
 
         ``step`` counts from 1. For granularity "matrix" all tensors carry a leading stack axis.
         """
         raise NotImplementedError
+
+    def direction_at(self, step: int) -> Direction:
+        """The function to call in place of `direction` at this step: for what is done every so
+        many steps only, such as taking the roots of a preconditioner. Not compiled."""
+        return self.direction
 
     def apply(
         self,
@@ -76,6 +92,20 @@ class Rule:
         """Decoupled weight decay on the old value, then the step (Loshchilov and Hutter, 2019)."""
         param.mul_(1 - lr * weight_decay)
         param.sub_(lr * u)
+
+    def join(self, states: list[State]) -> None:
+        """After a step of a ``joint`` rule: combine the states of all its parameters."""
+
+    def wants_hessian_gradient(self, step: int) -> bool:
+        """Whether, after this step, the rule wants a gradient of the loss on sampled labels."""
+        return False
+
+    def observe_hessian_gradient(self, grad: Tensor, state: State) -> None:
+        """Take that gradient, where `wants_hessian_gradient` asked for it."""
+
+    def evaluation_weight(self, param: Tensor, state: State) -> Tensor:
+        """What to evaluate and publish in place of the parameter, for a rule that ``averages``."""
+        return param
 
 
 def _same_kind(value: Any, default: Any) -> bool:
@@ -94,12 +124,12 @@ def zeros(param: Tensor) -> Tensor:
     return torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def ema_(average: Tensor, x: Tensor, beta: float) -> Tensor:
+def ema_(average: Tensor, x: Tensor, beta: float | Tensor) -> Tensor:
     """average <- beta * average + (1 - beta) * x, in place; equal bits eager and compiled."""
     return average.add_((x - average) * (1 - beta))
 
 
-def ema_of_squares_(average: Tensor, x: Tensor, beta: float) -> Tensor:
+def ema_of_squares_(average: Tensor, x: Tensor, beta: float | Tensor) -> Tensor:
     """average <- beta * average + (1 - beta) * x**2, in place; equal bits eager and compiled."""
     return average.mul_(beta).add_(x * x * (1 - beta))
 
@@ -109,9 +139,19 @@ def root(x: Tensor) -> Tensor:
     return x.rsqrt().reciprocal()
 
 
+def after_first(step: Tensor) -> Tensor:
+    """0 at step 1, then 1: for rules whose first step neither moves nor decays."""
+    return (step > 1).to(step.dtype)
+
+
 def check_beta(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), given {value}")
+
+
+def check_betas(betas: tuple[float, ...]) -> None:
+    for i, beta in enumerate(betas):
+        check_beta(f"betas[{i}]", beta)
 
 
 def check_choice(name: str, value: str, valid: Iterable[str]) -> None:

@@ -1,12 +1,13 @@
 """The command line around train.py: one clear line for every mistake, no traceback.
 
-Hydra prints its own errors and hides others; here it is told to let them through, so that an unknown
-key gets its nearest valid name and every message has one form and exit code 1. With
+Hydra prints its own errors and hides others; here it is told to let them through, so that an
+unknown key gets its nearest valid name and every message has one form and exit code 1. With
 HYDRA_FULL_ERROR=1 in the environment tracebacks are shown as they are.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ from runtime.checkpoint import NonFiniteError
 from runtime.config import explain, flatten, nearest, unknown
 
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # asked for by the user
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError, OSError, NonFiniteError)
 
 
@@ -34,7 +36,7 @@ def run_command(main: Callable[[], None]) -> None:
         return main()
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        _refuse_dashes()
+        _refuse_unread()
         main()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,14 +72,17 @@ def _fail(error: BaseException) -> None:
     sys.exit(1)
 
 
-def _refuse_dashes() -> None:
-    """--batch_size=8, as nanoGPT and most programs have it."""
+def _refuse_unread() -> None:
+    """--batch_size=8, as nanoGPT and most programs have it; or settings on both sides of -m."""
     _, unread = get_args_parser().parse_known_args()
-    if unread:
-        name = unread[0].lstrip("-").partition("=")[0]
+    for word in unread:
+        name = word.lstrip("-").partition("=")[0]
         raise ValueError(
-            f"unknown option {unread[0]}: settings have no dashes, write {name}=value "
+            f"unknown option {word}: settings have no dashes, write {name}=value "
             f"(python train.py --help lists them)"
+            if word.startswith("-")
+            else f"{word} stands behind an option such as -m, and other settings before it: put "
+            f"all settings on one side"
         )
 
 
@@ -96,8 +101,9 @@ def _line(error: BaseException) -> str:
         return explain(error)
     if isinstance(error, NonFiniteError):
         return f"{error}: lower optim.lr or lengthen the warm-up; checkpoints before it are intact"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno is not None:
+        advice = "; make room, then the same command continues" if error.errno in FULL else ""
+        return f"cannot write or read {error.filename or 'a file'}: {error.strerror}{advice}"
     return re.sub(r"\s*\n\s*", " ", str(error)) or type(error).__name__
 
 

@@ -110,11 +110,15 @@ CHOICES = {
     "data.tokenizer": tuple(TOKENIZERS),
     "data.sampling": tuple(SAMPLING),
 }
-POSITIVE = ("train.steps", "train.global_batch", "train.micro_batch", "train.grad_clip")
-POSITIVE += ("train.threads", "train.eval_tokens", "train.keep_checkpoints", "logging.every")
-POSITIVE += ("data.shard_tokens", "data.prefetch", "schedule.decay_steps")
-NOT_NEGATIVE = ("train.eval_every", "train.checkpoint_every", "train.sample_tokens")
-NOT_NEGATIVE += ("schedule.warmup_steps", "schedule.warmup_fraction")
+POSITIVE = [
+    *("train.steps", "train.global_batch", "train.micro_batch", "train.grad_clip"),
+    *("train.threads", "train.eval_tokens", "train.keep_checkpoints", "logging.every"),
+    *("data.shard_tokens", "data.prefetch", "schedule.decay_steps"),
+]
+NOT_NEGATIVE = [
+    *("train.eval_every", "train.checkpoint_every", "train.sample_tokens"),
+    *("schedule.warmup_steps", "schedule.warmup_fraction"),
+]
 
 
 def load(tree: DictConfig) -> Config:
@@ -144,9 +148,9 @@ def explain(error: OmegaConfBaseException) -> str:
 
 def unknown(key: str, name: str, valid: list[str]) -> str:
     """The line for a key that does not exist."""
-    near = nearest(name, valid)
-    hint = f"did you mean {key.removesuffix(name)}{near}?" if near else f"valid names are {', '.join(sorted(valid))}"
-    return f"unknown configuration key {key}: {hint}"
+    if near := nearest(name, valid):
+        return f"unknown configuration key {key}: did you mean {key.removesuffix(name)}{near}?"
+    return f"unknown configuration key {key}: valid names are {', '.join(sorted(valid))}"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
@@ -234,12 +238,12 @@ def schedule(config: Config) -> Schedule:
 
 # Keys that may differ between a run and its continuation: they do not shape the trajectory, or only
 # its rounding (micro_batch, threads, compile).
-FREE = ("run", "paths", "logging", "parallel", "data.dir", "data.cache", "data.prefetch")
-FREE += tuple(
-    f"train.{key}"
-    for key in ("micro_batch", "threads", "compile", "device", "resume", "checkpoint_every")
+FREE = (
+    *("run", "paths", "logging", "parallel", "data.dir", "data.cache", "data.prefetch"),
+    *("train.micro_batch", "train.threads", "train.compile", "train.device", "train.resume"),
+    *("train.checkpoint_every", "train.keep_checkpoints"),
+    *("train.eval_every", "train.eval_tokens", "train.sample_tokens"),
 )
-FREE += ("train.keep_checkpoints", "train.eval_every", "train.eval_tokens", "train.sample_tokens")
 
 
 def trajectory(config: Config) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def parameter_table(rows: Sequence[dict[str, Any]]) -> str:
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         alike.setdefault(tuple(row[column] for column in COLUMNS), []).append(row)
-    lines = [(*COLUMNS, "tensors", "parameters", "state bytes")]
+    lines: list[Sequence[str]] = [(*COLUMNS, "tensors", "parameters", "state bytes")]
     for key, members in alike.items():
         counts = (len(members), sum(map(_size, members)), sum(r["state_bytes"] for r in members))
         lines.append((*map(_text, key), *(f"{count:,}" for count in counts)))

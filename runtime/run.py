@@ -13,8 +13,8 @@ from __future__ import annotations
 import fcntl
 import glob
 import json
+import shutil
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +27,7 @@ from runtime.files import atomic_write_text, json_safe, write_json
 
 CONFIG, TRAJECTORY, SUMMARY = "config.yaml", "trajectory.json", "summary.json"
 LOCK = ".run.lock"
-BEFORE_THE_START = (LOCK, "log.txt")  # all that a run has before its first trajectory.json
+BEFORE_THE_START = {LOCK, "log.txt"}  # all that a run has while its parts are being built
 
 
 @dataclass
@@ -49,11 +49,8 @@ class Run:
 
     def close(self) -> None:
         """Give the lock back. A run that a mistake ended before it began leaves no folder."""
-        if not (self.dir / TRAJECTORY).exists():
-            with suppress(OSError):  # not empty: then it stays
-                for name in BEFORE_THE_START:
-                    (self.dir / name).unlink(missing_ok=True)
-                self.dir.rmdir()
+        if {path.name for path in self.dir.iterdir()} <= BEFORE_THE_START:
+            shutil.rmtree(self.dir)
         self.lock.close()
 
 
@@ -132,8 +129,8 @@ def _fork_source(path: Path) -> Path:
         if is_whole(candidate):
             return candidate
     raise ConfigError(
-        f"train.resume={path} is neither a run with a checkpoint nor a checkpoint: expected such as "
-        f"runs/<date>_<name> or runs/<date>_<name>/checkpoints/step_<n>"
+        f"train.resume={path} is neither a run with a checkpoint nor a checkpoint: expected such "
+        f"as runs/<date>_<name> or runs/<date>_<name>/checkpoints/step_<n>"
     )
 
 

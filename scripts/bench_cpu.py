@@ -7,9 +7,11 @@ A CPU that somebody shares has no fixed speed, so the two take turns, a few seco
 reported is the median of the ratios of neighboring turns, which a neighbor's load divides out of.
 Shape, precision, tokens and threads are the same. Our side is train.py's own `update`, loader and
 record; the other side is nanoGPT's model.py and optimizer, imported from the checkout, in the loop
-of its train.py, whose steps are retold in `NanoGPT.step`. Both log as often as `logging.every` says.
+of its train.py, which `NanoGPT.step` retells. Both log as often as `logging.every` says. The one
+difference in what is computed is the GELU, OpenAI's tanh here and erf there;
+`model.exact_gelu=true` removes it.
 
-Our step is also cut into its parts: what optimizer and logging take of it is the price of the bench.
+What optimizer and logging take of our step is the price of the bench, and is printed too.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ import os
 import runpy
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -99,8 +101,21 @@ def shell(*overrides: str, **options: Any) -> subprocess.Popen[str]:
 
 
 def wait(process: subprocess.Popen[str], timeout: float = 60) -> Outcome:
-    out, err = process.communicate(timeout=timeout)
+    """How the command ended; one that does not end is killed, and fails the test."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     return Outcome(process.returncode, out, err)
+
+
+def until(true: Callable[[], bool], alive: Callable[[], bool], timeout: float = 60) -> None:
+    """Wait for something that a living command will do."""
+    end = time.monotonic() + timeout
+    while not true():
+        assert alive() and time.monotonic() < end, "the command ended or hung before its time"
+        time.sleep(0.005)
 
 
 def start(*overrides: str, output: Path) -> BaseProcess:

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from optim import Optimizer, create_optimizer
+from optim import Optimizer, clip_grad_norm, create_optimizer
 
 Hyper = dict[str, Any]
+LARGEST_RELATIVE_STEP = 1e-2  # transformers.Adafactor's min(1e-2, 1/sqrt(t)), used where lr is null
 ALL = {"all": {"match": ["matrix", "vector"]}}
 
 
@@ -34,6 +35,87 @@ def lion(h: Hyper) -> Hyper:
 
 def signum_ema(h: Hyper) -> Hyper:
     return {"name": "signum", "beta": h["momentum"], "groups": ALL}
+
+
+def came(h: Hyper) -> Hyper:
+    hyper = {key: h[key] for key in ("betas", "eps", "clip_threshold")}
+    return {"name": "came", "groups": ALL, **hyper}
+
+
+def adafactor(h: Hyper) -> Hyper:
+    hyper: Hyper = {"name": "adafactor", "groups": ALL, "eps": list(h["eps"])}
+    if "beta2_decay" in h:  # torch.optim.Adafactor
+        hyper["eps"][0] = h["eps"][0] or torch.finfo(torch.float32).eps
+        return {**hyper, "beta2_decay": h["beta2_decay"], "clip_threshold": h["d"]}
+    return {
+        **hyper,
+        "eps_style": "add",
+        "beta1": h["beta1"] or 0.0,
+        "beta2_decay": h["decay_rate"],
+        **{key: h[key] for key in ("clip_threshold", "scale_parameter", "relative_step")},
+    }
+
+
+def lamb(h: Hyper) -> Hyper:
+    hyper = {"name": "lamb", "groups": ALL, "betas": h["betas"], "eps": h["eps"]}
+    if "trust_clip" in h:  # timm
+        keys = ("bias_correction", "always_adapt", "trust_clip")
+        return {**hyper, **{key: h[key] for key in keys}}
+    return {**hyper, "bias_correction": False, "always_adapt": True, "max_weight_norm": 10.0}
+
+
+def shampoo(h: Hyper) -> Hyper:
+    keys = ("betas", "grafting", "grafting_beta2", "precondition_frequency", "factor_dtype")
+    return {
+        "name": "shampoo",
+        "groups": ALL,
+        "eps": h["epsilon"],
+        "bias_correction": h["use_bias_correction"],
+        "grafting_eps": h["grafting_epsilon"],
+        "max_dim": h["max_preconditioner_dim"],
+        "start_step": h["start_preconditioning_step"],
+        **{key: h[key] for key in keys},
+    }
+
+
+def cautious_adamw(h: Hyper) -> Hyper:
+    style = "torch" if "timm" in h["source"] else "raw"
+    return {**adamw(h), "name": "cautious_adamw", "eps_style": style}
+
+
+def ademamix(h: Hyper) -> Hyper:
+    keys = ("betas", "alpha", "alpha_warmup", "beta3_warmup", "eps")
+    return {"name": "ademamix", "groups": ALL, **{key: h[key] or 0 for key in keys}}
+
+
+def adopt(h: Hyper) -> Hyper:
+    exponent = float(h["clip"].removeprefix("step**"))
+    return {**adamw(h), "name": "adopt", "decoupled": h["decouple"], "clip_exponent": exponent}
+
+
+def soap(h: Hyper) -> Hyper:
+    keys = ("betas", "eps", "precondition_frequency", "max_precond_dim")
+    beta = h["betas"][1] if h["shampoo_beta"] < 0 else h["shampoo_beta"]
+    hyper = {key: h[key] for key in keys}
+    return {"name": "soap", "groups": ALL, "shampoo_beta": beta, **hyper}
+
+
+def schedule_free_adamw(h: Hyper) -> Hyper:
+    keys = ("warmup_steps", "r", "weight_lr_power")
+    return {**adamw(h), "name": "schedule_free_adamw", **{key: h[key] for key in keys}}
+
+
+def sophia_g(h: Hyper) -> Hyper:
+    hyper = {"betas": h["betas"], "rho": h["rho"]}
+    hyper |= {"tokens": h["bs"], "hessian_interval": h["hess_interval"]}
+    return {"name": "sophia_g", "groups": ALL, **hyper}
+
+
+def prodigy(h: Hyper) -> Hyper:
+    assert h["decouple"] and h["safeguard_warmup"], "the only variant that is followed"
+    hyper = {key: h[key] for key in ("betas", "eps", "d0", "d_coef")}
+    hyper |= {"beta3": h["beta3"] or 0.0, "bias_correction": h["use_bias_correction"]}
+    return {"name": "prodigy", "groups": ALL, **hyper}
 
 
 def mars(name: str, rule: Callable[[Hyper], Hyper]) -> Callable[[Hyper], Hyper]:
@@ -72,7 +154,8 @@ def ns_dtype(h: Hyper) -> str:
 
 
 def with_adamw(name: str, rule: Callable[[Hyper], Hyper]) -> Callable[[Hyper], Hyper]:
-    """A rule on matrices, AdamW with the hyper-parameters aux_* and its own schedule on vectors."""
+    """A rule on matrices, its lr scaled by alpha; on vectors AdamW with the hyper-parameters aux_*
+    and a schedule of its own."""
 
     def build(h: Hyper) -> Hyper:
         vectors = {
@@ -82,7 +165,8 @@ def with_adamw(name: str, rule: Callable[[Hyper], Hyper]) -> Callable[[Hyper], H
             "eps": h["aux_eps"],
             "weight_decay": h["aux_weight_decay"],
         }
-        groups = {"matrices": {"match": ["matrix"]}, "vectors": vectors}
+        matrices = {"match": ["matrix"], "lr_scale": h.get("alpha", 1.0)}
+        groups = {"matrices": matrices, "vectors": vectors}
         return {"name": name, "groups": groups, **rule(h)}
 
     return build
@@ -97,6 +181,15 @@ def muon(h: Hyper) -> Hyper:
         "eps": h.get("eps", 1e-7),
         "scale": h.get("adjust_lr_fn") or "original",
     }
+
+
+def normuon(h: Hyper) -> Hyper:
+    keys = ("momentum", "beta2", "ns_steps")
+    return {"ns_dtype": ns_dtype(h), **{key: h[key] for key in keys}}
+
+
+def dion(h: Hyper) -> Hyper:
+    return {"momentum": h["mu"], "rank": h["rank"], "eps": h["epsilon"]}
 
 
 def moonlight(name: str, rule: Callable[[Hyper], Hyper]) -> Callable[[Hyper], Hyper]:
@@ -119,7 +212,14 @@ def moonlight(name: str, rule: Callable[[Hyper], Hyper]) -> Callable[[Hyper], Hy
 
 
 BUILDERS: dict[str, Callable[[Hyper], Hyper]] = {
+    "Adafactor": adafactor,
+    "ADOPT": adopt,
+    "AdEMAMix": ademamix,
     "AdamW": adamw,
+    "CAME": came,
+    "Cautious AdamW": cautious_adamw,
+    "Dion": with_adamw("dion", dion),
+    "LAMB": lamb,
     "Lion": lion,
     "Signum": signum_ema,
     "MARS-AdamW": mars("mars_adamw", lambda h: {"betas": h["betas"], "eps": h["eps"]}),
@@ -128,9 +228,17 @@ BUILDERS: dict[str, Callable[[Hyper], Hyper]] = {
     "MARS-M": moonlight("mars_m", lambda h: {"mars": mars_options(h)}),
     "Moonlight-Muon": moonlight("moonlight", lambda h: {"nesterov": h["nesterov"]}),
     "Muon": with_adamw("muon", muon),
+    "Schedule-Free AdamW": schedule_free_adamw,
+    "Shampoo": shampoo,
+    "Sophia-G": sophia_g,
+    "NorMuon": with_adamw("normuon", normuon),
+    "Prodigy": prodigy,
+    "SOAP": soap,
+    "SWAN": with_adamw("swan", lambda h: {"ns_steps": h["ns_iters"], "ns_beta": h["ns_beta"]}),
+    "SinkGD": with_adamw("sinkgd", lambda h: {"iterations": h["sinkhorn_iters"]}),
 }
 # one of each granularity (element, tensor with MARS's norm, tensor, matrix) is compiled as well
-COMPILED = ["AdamW", "MARS-AdamW", "Muon"]
+COMPILED = ["AdamW", "MARS-AdamW", "CAME", "Muon"]
 SLOW = pytest.mark.slow
 # other codes under a name that we also have, not followed: each with the reason
 EXPECTED_DIFFERENCES = {
@@ -165,14 +273,13 @@ def follow(
 ) -> list[list[Tensor]]:
     """Run the golden's steps; parameters after each."""
     schedules = list(json.loads(meta["lr_schedule"]).values())
-    peak = json.loads(meta["hyperparameters"])["lr"]
     after = []
     for t in range(int(meta["T"])):
         for i, group in enumerate(optimizer.param_groups):
             # one schedule for all (MARS: its 1-D lr is lr_t * lr_1d / lr), or one per group
             schedule = schedules[min(i, len(schedules) - 1)]
-            lr = schedule[t] if schedule is not None else peak
-            group["lr"] = group["lr_scale"] * lr
+            if schedule is not None:
+                group["lr"] = group["lr_scale"] * schedule[t]
         if optimizer.needs_next_batch_gradient and t + 1 < int(meta["T"]):
             # prev_grad.{t+1}: the gradient of the next batch at the present point
             for i, p in enumerate(params):
@@ -180,8 +287,20 @@ def follow(
             optimizer.store_next_batch_gradient()
         for i, p in enumerate(params):
             p.grad = data[f"grad.{t}.{i}"].clone()
+        clip_grad_norm(params, json.loads(meta["hyperparameters"]).get("max_grad_norm"))
         optimizer.step()
         after.append([p.detach().clone() for p in params])
+        if optimizer.needs_hessian_gradient:
+            for i, p in enumerate(params):
+                p.grad = data[f"hess_grad.{t}.{i}"].clone()
+            optimizer.store_hessian_gradient()
+        if f"d.after.{t}" in data:  # Prodigy's estimate
+            d = optimizer.state[params[0]]["d"]
+            assert torch.allclose(d.double(), data[f"d.after.{t}"].double(), rtol=1e-5), f"d.{t}"
+        with optimizer.evaluation_weights():
+            for i, p in enumerate(params):
+                if (key := f"eval_param.{i}.after.{t}") in data:
+                    assert torch.allclose(p, data[key], rtol=1e-5, atol=5e-6), key
     return after
 
 
@@ -211,9 +330,12 @@ def test_follows_its_authors(golden: Path, compile: bool) -> None:
     params = [torch.nn.Parameter(data[f"param.{i}.init"].clone()) for i in range(n)]
     optimizer = create_optimizer(
         named_parameters=[(f"layer{i}.weight", p) for i, p in enumerate(params)],
-        lr=hyper["lr"],
+        lr=hyper["lr"] or LARGEST_RELATIVE_STEP,
         weight_decay=hyper["weight_decay"],
         compile=compile,
         **BUILDERS[meta["optimizer"]]({**meta, **hyper}),
     )
+    for i, p in enumerate(params):
+        if f"q_init.{i}" in data:  # Dion's random start
+            optimizer.state[p]["q"].copy_(data[f"q_init.{i}"])
     compare(follow(optimizer, params, data, meta), data, json.loads(meta["tolerance"]))

@@ -17,7 +17,7 @@ from torch import Tensor
 from optim.rule import (
     Rule,
     State,
-    check_beta,
+    check_betas,
     check_choice,
     check_positive,
     ema_,
@@ -34,8 +34,7 @@ class AdamW(Rule):
     eps_style: str = "torch"
 
     def validate(self) -> None:
-        for i, beta in enumerate(self.betas):
-            check_beta(f"betas[{i}]", beta)
+        check_betas(self.betas)
         check_positive("eps", self.eps)
         check_choice("eps_style", self.eps_style, ("torch", "raw"))
 

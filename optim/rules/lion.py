@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from optim.rule import Rule, State, check_beta, ema_, zeros
+from optim.rule import Rule, State, check_betas, ema_, zeros
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,7 @@ class Lion(Rule):
     betas: tuple[float, float] = (0.9, 0.99)
 
     def validate(self) -> None:
-        for i, beta in enumerate(self.betas):
-            check_beta(f"betas[{i}]", beta)
+        check_betas(self.betas)
 
     @property
     def momentum(self) -> float:

@@ -71,21 +71,25 @@ class Muon(Rule):
         return {"momentum": zeros(param)}
 
     def direction(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
+        return self.scaled(self.orthogonal_momentum(grad, state))
+
+    def orthogonal_momentum(self, grad: Tensor, state: State) -> Tensor:
+        """Stack of matrices (n, fused, rows, cols) with all singular values about 1."""
         m = ema_(state["momentum"], grad, self.momentum)
         if self.nesterov:
             m = grad + (m - grad) * self.momentum
-        return self.orthogonalize(m.unflatten(-2, (self.fused, -1))).flatten(-3, -2)
-
-    def orthogonalize(self, m: Tensor) -> Tensor:
-        o = newton_schulz(
-            m,
+        return newton_schulz(
+            m.unflatten(-2, (self.fused, -1)),
             coefficients=self.ns_coefficients,
             steps=self.ns_steps,
             dtype=self.ns_dtype,
             order=self.ns_order,
             eps=self.eps,
         )
-        return o * SCALES[self.scale](*m.shape[-2:])
+
+    def scaled(self, o: Tensor) -> Tensor:
+        """(n, fused, rows, cols) -> the update, (n, fused * rows, cols)."""
+        return (o * SCALES[self.scale](*o.shape[-2:])).flatten(-3, -2)
 
 
 DEFAULTS = {

@@ -81,7 +81,7 @@ def test_loading_does_not_tie_two_optimizers() -> None:
 def test_state_of_another_optimizer_is_refused() -> None:
     a, b = net(), net()
     lion = make(b, "lion")
-    with pytest.raises(ValueError, match="another optimizer's: missing .*last_grad"):
+    with pytest.raises(ValueError, match=r"another optimizer.s: missing .*last_grad"):
         make(a).load_state_dict(lion.state_dict())
     with pytest.raises(ValueError, match="another optimizer's"):
         make(a).load_named_state(lion.named_state())

@@ -46,12 +46,16 @@ def loss_of(model: nn.Module, step: int = 0) -> Tensor:
 
 
 def advance(
-    model: nn.Module, optimizer: Optimizer, steps: range, set_to_none: bool = True
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, set_to_none: bool = True
 ) -> nn.Module:
     for step in steps:
         optimizer.zero_grad(set_to_none=set_to_none)
         loss_of(model, step).backward()
         optimizer.step()
+        if isinstance(optimizer, Optimizer) and optimizer.needs_hessian_gradient:
+            optimizer.zero_grad(set_to_none=set_to_none)
+            loss_of(model, step).backward()
+            optimizer.store_hessian_gradient()
     return model
 
 
@@ -170,13 +174,85 @@ def test_stacked_matrices_are_updated_as_one_by_one(name: str, shape: tuple[int,
     params = torch.randn(3, *shape, generator=generator)
     singles = [rule.init_state(p) for p in params]
     stack = {key: torch.stack([state[key] for state in singles]) for key in singles[0]}
-    for t in range(1, 5):
+    for t in range(1, 13):
         step = torch.tensor(float(t), dtype=torch.float64)
         grads = torch.randn(3, *shape, generator=generator)
-        together = rule.direction(grads, stack, params, step)
+        direction = rule.direction_at(t)
+        together = direction(grads, stack, params, step)
         for i, state in enumerate(singles):
             views = {key: tensor.unsqueeze(0) for key, tensor in state.items()}
-            alone = rule.direction(grads[i : i + 1], views, params[i : i + 1], step)
+            alone = direction(grads[i : i + 1], views, params[i : i + 1], step)
             assert torch.allclose(together[i], alone[0], rtol=1e-4, atol=1e-5)
             for key, tensor in state.items():
                 assert torch.allclose(stack[key][i], tensor, rtol=1e-4, atol=1e-5), key
+
+
+def test_nadamw_is_torch_nadam_with_a_constant_beta1() -> None:
+    """torch's beta1 is beta1 (1 - 0.5 * 0.96^(t momentum_decay)): constant in the limit."""
+    a, b = Net(), Net()
+    settings = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    ours = make(a, "nadamw", groups={"all": {"match": ["."]}}, **settings)
+    torchs = torch.optim.NAdam(
+        b.parameters(), momentum_decay=1e6, decoupled_weight_decay=True, **settings
+    )
+    for model, optimizer in ((a, ours), (b, torchs)):
+        advance(model, optimizer, range(10))
+    for x, y in zip(weights(a), weights(b), strict=True):
+        assert (x - y).abs().max() < 1e-6
+
+
+def test_fused_matrices_are_orthogonalized_each_on_its_own() -> None:
+    fused, single = rules()["muon"](fused=3), rules()["muon"]()
+    grad = torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(0))
+    step = torch.ones((), dtype=torch.float64)
+    together = fused.direction(grad, {"momentum": torch.zeros_like(grad)}, grad, step)
+    for part, whole in zip(grad.chunk(3, dim=-2), together.chunk(3, dim=-2), strict=True):
+        u = single.direction(part, {"momentum": torch.zeros_like(part)}, part, step)
+        assert torch.allclose(u, whole, atol=1e-6)
+    with pytest.raises(ValueError, match=r"square\.weight, rule muon: 8 rows are not 3 fused"):
+        make(Net(), "muon", fused=3)
+
+
+def test_shampoo_treats_blocks_as_matrices_of_their_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rule = rules()["shampoo"](max_dim=8, grafting="adam")
+    whole = torch.zeros(12, 8)
+    parts = [whole[:8], whole[8:]]
+    state = {k: v.unsqueeze(0) for k, v in rule.init_state(whole).items()}
+    states = [{k: v.unsqueeze(0) for k, v in rule.init_state(p).items()} for p in parts]
+    for t in range(1, 4):
+        step = torch.tensor(float(t), dtype=torch.float64)
+        grad = torch.randn(1, 12, 8, generator=generator)
+        u = rule.with_new_roots(grad, state, whole, step)
+        singles = zip(grad.split(8, dim=1), states, parts, strict=True)
+        expected = [rule.with_new_roots(g, s, p, step) for g, s, p in singles]
+        assert torch.allclose(u, torch.cat(expected, dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_weights_are_the_average_and_are_given_back() -> None:
+    model = Net()
+    optimizer = make(model, "schedule_free_adamw", lr=1e-2)
+    with optimizer.evaluation_weights():
+        assert_equal(weights(model), weights(Net()))  # nothing averaged yet
+    iterates = []
+    for step in range(5):
+        advance(model, optimizer, range(step, step + 1))
+        iterates.append([optimizer.state[p]["z"].clone() for p in model.parameters()])
+    training = weights(model)
+    with optimizer.evaluation_weights():
+        for p, *zs in zip(model.parameters(), *iterates, strict=True):
+            assert torch.allclose(p, torch.stack(zs).mean(0), atol=1e-6)  # equal weights
+    assert_equal(training, weights(model))
+
+
+def test_prodigy_has_one_estimate_for_all_groups() -> None:
+    model = Net()
+    groups = {"a": {"match": ["matrix"]}, "b": {"match": ["embedding", "head", "vector"]}}
+    optimizer = make(model, "prodigy", groups=groups)
+    advance(model, optimizer, range(8))
+    ds = {float(state["d"]) for state in optimizer.state.values()}
+    assert len(ds) == 1
+    assert ds.pop() > 1e-6
+    whole = Net()
+    advance(whole, make(whole, "prodigy"), range(8))
+    assert_equal(weights(model), weights(whole))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -47,7 +48,7 @@ def test_decay_shapes_fall_from_one_to_final(shape: str) -> None:
     values = [schedule(s) for s in range(5, 51)]
     assert values[0] == 1.0
     assert values[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(values, values[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(values))
 
 
 @pytest.mark.parametrize(

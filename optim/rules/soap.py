@@ -1,0 +1,143 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321, Algorithm 3).
+
+    g' = QL^T g QR
+    m = EMA(g', beta1),  v = EMA(g'^2, beta2)                 both live in the rotated basis
+    u = QL (m / (sqrt(v) + eps)) QR^T * sqrt(1 - beta2^k) / (1 - beta1^k)           k = t - 1
+    L = EMA(g g^T), R = EMA(g^T g) with shampoo_beta
+
+and every ``precondition_frequency`` steps QL, QR follow L, R by one step of power iteration,
+Q <- qr(L Q); v is permuted with the columns' order and m rotated into the new basis. As the
+authors' code (nikhilvyas/SOAP): the first step sets the basis and neither moves nor decays; the
+basis knows past gradients only; weight decay comes after the update, on the new value. Sides longer
+than ``max_precond_dim`` are not rotated, vectors not at all, which leaves Adam (eps raw).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optim.matrix_roots import eigenvectors
+from optim.rule import (
+    Direction,
+    Granularity,
+    Rule,
+    State,
+    after_first,
+    check_beta,
+    check_betas,
+    check_positive,
+    ema_,
+    ema_of_squares_,
+    root,
+    zeros,
+)
+
+
+@dataclass(frozen=True)
+class Soap(Rule):
+    granularity: ClassVar[Granularity] = "matrix"
+    orders: ClassVar[tuple[int, ...]] = (1, 2)
+
+    betas: tuple[float, float] = (0.95, 0.95)
+    shampoo_beta: float = 0.95
+    eps: float = 1e-8
+    precondition_frequency: int = 10
+    max_precond_dim: int = 10000
+
+    def validate(self) -> None:
+        check_betas(self.betas)
+        check_beta("shampoo_beta", self.shampoo_beta)
+        for name in ("eps", "precondition_frequency", "max_precond_dim"):
+            check_positive(name, getattr(self, name))
+
+    @property
+    def momentum(self) -> float:
+        return self.betas[0]
+
+    def init_state(self, param: Tensor) -> State:
+        state = {"exp_avg": zeros(param), "exp_avg_sq": zeros(param)}
+        for side, length in enumerate(param.shape if param.ndim == 2 else ()):
+            if length <= self.max_precond_dim:
+                state[f"factor.{side}"] = zeros(param.new_empty(length, length))
+                state[f"basis.{side}"] = zeros(param.new_empty(length, length))
+        return state
+
+    def direction_at(self, step: int) -> Direction:
+        if step == 1:
+            return self.first
+        due = (step - 1) % self.precondition_frequency == 0
+        return self.with_new_basis if due else self.direction
+
+    def first(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
+        self._accumulate(grad, state)
+        for side in _sides(state):
+            state[f"basis.{side}"].copy_(eigenvectors(state[f"factor.{side}"]))
+        return torch.zeros_like(grad)
+
+    def direction(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
+        beta1, beta2 = self.betas
+        rotated = _rotate(grad, state)
+        m = ema_(state["exp_avg"], rotated, beta1)
+        v = ema_of_squares_(state["exp_avg_sq"], rotated, beta2)
+        correction = (1 - beta1 ** (step - 1)) * (1 - beta2 ** (step - 1)).rsqrt()
+        u = _rotate_back(m / (root(v) + self.eps), state) / correction
+        self._accumulate(grad, state)
+        return u
+
+    def with_new_basis(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
+        u = self.direction(grad, state, param, step)
+        m = _rotate_back(state["exp_avg"], state)
+        for side in _sides(state):
+            factor, basis = state[f"factor.{side}"], state[f"basis.{side}"]
+            variances = (basis * (factor @ basis)).sum(-2)  # diagonal of Q^T L Q
+            order = variances.argsort(-1, descending=True)
+            columns = torch.take_along_dim(basis, order.unsqueeze(-2), -1)
+            along = order.unsqueeze(-1 - side)
+            v = torch.take_along_dim(state["exp_avg_sq"], along, side - 2)
+            state["exp_avg_sq"].copy_(v)
+            basis.copy_(torch.linalg.qr(factor @ columns).Q)
+        state["exp_avg"].copy_(_rotate(m, state))
+        return u
+
+    def _accumulate(self, grad: Tensor, state: State) -> None:
+        for side in _sides(state):
+            x = grad.mT if side else grad
+            ema_(state[f"factor.{side}"], x @ x.mT, self.shampoo_beta)
+
+    def apply(
+        self,
+        param: Tensor,
+        u: Tensor,
+        state: State,
+        lr: Tensor,
+        weight_decay: float,
+        step: Tensor,
+    ) -> None:
+        param.sub_(lr * u)
+        param.mul_(1 - lr * weight_decay * after_first(step))
+
+
+def _sides(state: State) -> list[int]:
+    return [side for side in (0, 1) if f"basis.{side}" in state]
+
+
+def _rotate(x: Tensor, state: State) -> Tensor:
+    x = state["basis.0"].mT @ x if "basis.0" in state else x
+    return x @ state["basis.1"] if "basis.1" in state else x
+
+
+def _rotate_back(x: Tensor, state: State) -> Tensor:
+    x = state["basis.0"] @ x if "basis.0" in state else x
+    return x @ state["basis.1"].mT if "basis.1" in state else x
+
+
+DEFAULTS = {
+    "rule": "soap",
+    "lr": 3e-3,
+    "weight_decay": 0.01,
+    "groups": {"all": {"match": ["matrix", "embedding", "head", "vector"]}},
+}
