@@ -80,6 +80,11 @@ def train(config: Config, run: Run) -> dict[str, Any]:
     optimizer = create_optimizer(
         named_parameters=model.named_parameters(), compile=config.train.compile, **config.optim
     )
+    if device.scaler.is_enabled() and optimizer.needs_extra_gradients:
+        raise ValueError(
+            f"optim={config.optim['name']} takes more than one gradient per update, which the fp16 "
+            f"loss scale does not follow: use train.precision=bf16 or fp32"
+        )
     order = create_order(
         config.data.sampling,
         tokens=len(splits["train"]),
@@ -108,9 +113,10 @@ def train(config: Config, run: Run) -> dict[str, Any]:
             evaluate = every.eval_every and (step % every.eval_every == 0 or step == every.steps)
             keep = every.checkpoint_every and (step % every.checkpoint_every == 0 or last)
             if fresh and evaluate:
-                val_loss = validation.loss(forward, device)
-                record.settle(step, val_loss)
-                illustrate(config, record, model, tokenizer)
+                with optimizer.evaluation_weights():
+                    val_loss = validation.loss(forward, device)
+                    record.settle(step, val_loss)
+                    illustrate(config, record, model, tokenizer)
             elif last or keep:
                 record.settle(step)
             if fresh and keep:
@@ -160,19 +166,32 @@ def update(
     device.scaler.step(optimizer)  # skips the update if fp16 overflowed
     device.scaler.update()
     optimizer.zero_grad()
+    if optimizer.needs_hessian_gradient:
+        backward(config, model, batches.batch(step + 1), device, sampled=True)
+        clip_grad_norm(parameters, config.train.grad_clip)
+        optimizer.store_hessian_gradient()
+        optimizer.zero_grad()
     return Figures(step + 1, losses, grad_norm, lr)
 
 
-def backward(config: Config, model: nn.Module, batch: Tensor, device: Device) -> Tensor:
+def backward(
+    config: Config, model: nn.Module, batch: Tensor, device: Device, sampled: bool = False
+) -> Tensor:
     """Leave in ``.grad`` the gradient of the batch's loss, one micro-batch at a time; the mean over
-    the batch unless train.accumulation=sum. Returns the micro-batches' mean losses."""
+    the batch unless train.accumulation=sum. Returns the micro-batches' mean losses. ``sampled``
+    takes targets from the model's own predictions (Sophia's estimate of curvature)."""
     count = accumulation(config.train)
     weight = {"mean": 1 / count, "sum": 1.0}[config.train.accumulation]
     losses = []
     for micro in batch.chunk(count):
         tokens = device.to_device(micro)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
         with device.autocast():
-            loss = model(tokens[:, :-1], tokens[:, 1:])
+            if sampled:
+                with torch.no_grad():
+                    chances = model(inputs).float().softmax(-1).flatten(0, 1)
+                targets = torch.multinomial(chances, 1).view_as(targets)
+            loss = model(inputs, targets)
         device.scaler.scale(loss * weight).backward()
         losses.append(loss.detach())
     return torch.stack(losses)

@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -120,12 +120,22 @@ def _brief(setting: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal; elsewhere nothing, and tqdm need not be installed."""
+    if not sys.stderr.isatty():
+        yield lambda size: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=title, total=total, unit="B", unit_scale=True) as bar:
+        yield bar.update
+
+
 def _fill(
     work: Path, source: Source, tokenizer: Tokenizer, settings: dict[str, Any], needed: str
 ) -> None:
     """Write a whole data set into the new folder `work`."""
-    from tqdm import tqdm
-
     eot = np.array([tokenizer.eot])
     text_bytes, documents = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     with ExitStack() as stack:
@@ -138,10 +148,7 @@ def _fill(
             for split in SPLITS
         }
         title = f"preparing {settings['source']}"
-        bar = tqdm(  # disable=None: shown on a terminal only
-            desc=title, total=source.text_bytes, unit="B", unit_scale=True, disable=None
-        )
-        stack.enter_context(bar)
+        advance = stack.enter_context(_progress(title, source.text_bytes))
         for document in source.documents():
             raw = document.text.encode("utf-8")
             if not raw:
@@ -152,7 +159,7 @@ def _fill(
                 writers[split].append(np.append(ids, eot) if document.ends else ids)
             text_bytes[split] += len(raw)
             documents[split] += document.ends
-            bar.update(len(raw))
+            advance(len(raw))
         for split, count in text_bytes.items():
             if count == 0:
                 raise ValueError(

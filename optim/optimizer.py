@@ -26,7 +26,7 @@ from torch import Tensor
 from optim.correction import CORRECTIONS, Correction
 from optim.mask import MASKS, Mask
 from optim.roles import role_of
-from optim.rule import Direction, Rule, State
+from optim.rule import Direction, Rule, State, count
 from optim.rules import build_rule
 
 
@@ -77,6 +77,14 @@ class Optimizer(torch.optim.Optimizer):
             self.state[param] = {"step": step, **own, **correction.init_state(param)}
 
     @property
+    def needs_extra_gradients(self) -> bool:
+        """Whether any step needs a gradient besides its own: exact MARS, Sophia."""
+        rules = [type(self._parts(group)[0]) for group in self.param_groups]
+        return self.needs_next_batch_gradient or any(
+            rule.wants_hessian_gradient is not Rule.wants_hessian_gradient for rule in rules
+        )
+
+    @property
     def needs_next_batch_gradient(self) -> bool:
         """Whether the loop must provide, before each step, the gradient of the next batch at the
         present weights (exact MARS) and announce it with `store_next_batch_gradient`."""
@@ -110,7 +118,7 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             rule, _, _ = self._parts(group)
             for p in group["params"]:
-                if rule.wants_hessian_gradient(_count(self.state[p])):
+                if rule.wants_hessian_gradient(count(self.state[p])):
                     yield rule, p
 
     @contextmanager
@@ -147,11 +155,13 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             rule, correction, mask = self._parts(group)
             lr = self._lr_tensor(group)
+            if self._by_kernel(group, rule, lr):
+                continue
             for params in self._stacks(rule, group["params"]):
                 states = [self.state[p] for p in params]
                 grads = [_signed(p.grad, group) for p in params if p.grad is not None]
                 torch._foreach_add_([state["step"] for state in states], 1.0)
-                direction = rule.direction_at(_count(states[0]))
+                direction = rule.direction_at(count(states[0]))
                 update = self._update(rule, correction, mask, direction, params)
                 update(params, grads, states, lr=lr, weight_decay=group["weight_decay"])
                 if rule.joint:
@@ -161,6 +171,18 @@ class Optimizer(torch.optim.Optimizer):
             rule.join([self.state[p] for group in groups for p in group["params"]])
         return loss
 
+    def _by_kernel(self, group: Mapping[str, Any], rule: Rule, lr: Tensor) -> bool:
+        """Update the whole group in one call, if torch has a kernel for exactly this update."""
+        params = [p for p in group["params"] if p.grad is not None]
+        plain = group["correction"] == "none" and group["mask"] == "none"
+        if not params or not plain or not rule.has_kernel(params) or lr.device.type != "cpu":
+            return False
+        states = [self.state[p] for p in params]
+        grads = [_signed(p.grad, group) for p in params if p.grad is not None]
+        torch._foreach_add_([state["step"] for state in states], 1.0)
+        rule.kernel(params, grads, states, float(lr), group["weight_decay"])
+        return True
+
     def _stacks(self, rule: Rule, params: list[Tensor]) -> list[list[Tensor]]:
         """Parameters that are updated in one call: all matrices of one shape on a GPU, where one
         batched product beats many small ones; else one by one, which the caches of a CPU prefer."""
@@ -169,7 +191,7 @@ class Optimizer(torch.optim.Optimizer):
             return [[p] for p in params]
         stacks: dict[Any, list[Tensor]] = {}
         for p in params:
-            stacks.setdefault((p.shape, p.dtype, _count(self.state[p])), []).append(p)
+            stacks.setdefault((p.shape, p.dtype, count(self.state[p])), []).append(p)
         return list(stacks.values())
 
     def _parts(self, group: Mapping[str, Any]) -> tuple[Rule, Correction, Mask]:
@@ -313,11 +335,6 @@ def _stacked_direction(
 def _stack(tensors: list[Tensor]) -> Tensor:
     """Tensors of one shape as one, with a leading axis; a single one is not copied."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _count(state: State) -> int:
-    """Steps done, on the host. numpy() refuses a device tensor: no sync can hide here."""
-    return int(state["step"].numpy())
 
 
 def _signed(grad: Tensor, group: Mapping[str, Any]) -> Tensor:

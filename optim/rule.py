@@ -80,6 +80,22 @@ class Rule:
         many steps only, such as taking the roots of a preconditioner. Not compiled."""
         return self.direction
 
+    def has_kernel(self, params: list[Tensor]) -> bool:
+        """Whether `kernel` can do the whole update, direction and apply, of these parameters."""
+        return False
+
+    def kernel(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        """All of them in one call of a kernel of torch's: the same numbers to rounding, each value
+        read and written once."""
+        raise NotImplementedError
+
     def apply(
         self,
         param: Tensor,
@@ -116,6 +132,12 @@ def _same_kind(value: Any, default: Any) -> bool:
     if isinstance(default, float):
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is type(default)
+
+
+def count(state: State) -> int:
+    """Steps done, on the host: the counter is created on the CPU and loaded in place there."""
+    count: Any = state["step"].tolist()  # a number, as the tensor has no dimensions
+    return int(count)
 
 
 def zeros(param: Tensor) -> Tensor:

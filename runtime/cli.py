@@ -94,8 +94,8 @@ def _line(error: BaseException) -> str:
         return _unknown_option(error)
     if isinstance(error, OverrideParseException):
         return (
-            f"cannot read {error.override!r}: expected key=value, and quotes where the value has "
-            f"spaces or brackets, as in 'data.files=[\"my book.txt\"]'"
+            f"cannot read {error.override!r}: expected key=value; a value with spaces or signs "
+            f"such as ~ = ( takes quotes within quotes, as in 'data.files=[\"~/my book.txt\"]'"
         )
     if isinstance(error, OmegaConfBaseException):
         return explain(error)

@@ -190,12 +190,13 @@ def check(config: Config) -> None:
         groups = create.resolve(**config.optim)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"optim: {error}") from None
-    exact = any(g["correction"] == "mars" and g["mars"].get("exact") for g in groups.values())
-    if exact and config.train.precision == "fp16":
-        raise ConfigError(
-            "exact MARS takes gradients twice a step, which the fp16 loss scale does "
-            "not follow: use train.precision=bf16 or fp32"
-        )
+    update = config.train.global_batch * shape.context
+    for tokens in {group["hyper"].get("tokens", update) for group in groups.values()}:
+        if tokens != update:  # Sophia's curvature is estimated per update
+            raise ConfigError(
+                f"optim.tokens={tokens}, but an update has train.global_batch * model.context = "
+                f"{update} tokens: set optim.tokens={update}"
+            )
 
 
 def accumulation(train: TrainConfig) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,17 @@ FILES = sorted(
 
 
 def test_help_answers_within_three_seconds() -> None:
-    """Best of three: other processes make it slower, none makes it faster."""
+    """Best of three, in seconds of processor time: those of the clock are those of other programs
+    as well, where tests share a machine."""
     seconds = []
     for _ in range(3):
-        begun = time.monotonic()
+        before = os.times()
         outcome = wait(shell("--help"))
-        seconds.append(time.monotonic() - begun)
+        after = os.times()
         assert outcome.code == 0 and outcome.err == ""
-        if seconds[-1] < 3:
-            break
-    assert min(seconds) < 3
+        used = after.children_user + after.children_system
+        seconds.append(used - before.children_user - before.children_system)
+    assert 0 < min(seconds) < 3
 
 
 def test_help_explains_itself() -> None:

@@ -93,8 +93,9 @@ SETTINGS = {
     "train.resume=atuo": "train.resume is 'atuo': expected auto, never or an existing path",
     "train.resume=/dev": "train.resume=/dev is neither a run with a checkpoint nor a checkpoint",
     # what a shell or a habit makes of an override
-    "train.steps": "cannot read 'train.steps': expected key=value, and quotes where the value has",
-    "data.files=[my": "cannot read 'data.files=[my': expected key=value, and quotes where",
+    "train.steps": "cannot read 'train.steps': expected key=value; a value with spaces or",
+    "data.files=[my": "cannot read 'data.files=[my': expected key=value; a value with",
+    "run.dir=~/mine": "cannot read 'run.dir=~/mine': expected key=value; a value with spaces or",
     "--train.steps=3": "unknown option --train.steps=3: settings have no dashes, write train",
     "optim.lr=1e-3,1e-2": "To sweep over it, add --multirun to your command line",
 }

@@ -174,11 +174,11 @@ def test_the_same_command_finds_its_unfinished_run(eight: Command, tmp_path: Pat
 def test_a_home_folder_is_meant_by_its_sign(
     eight: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shells leave the ~ of run.dir=~/mine to the program."""
+    """Shells leave the ~ of run.dir=~/mine to the program, and Hydra wants it in quotes."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert here(*eight, "run.dir=~/mine").dir == tmp_path / "home/mine"
-    assert "continuing at step 8" in here(*eight, "train.resume=~/mine", "train.steps=9").out
-    here(*eight, "paths.runs=~/runs")
+    assert here(*eight, 'run.dir="~/mine"').dir == tmp_path / "home/mine"
+    assert "continuing at step 8" in here(*eight, 'train.resume="~/mine"', "train.steps=9").out
+    here(*eight, 'paths.runs="~/runs"')
     assert list((tmp_path / "home/runs").glob("*/summary.json"))
     assert not Path("~").exists()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from optim.rule import (
@@ -20,6 +21,7 @@ from optim.rule import (
     check_betas,
     check_choice,
     check_positive,
+    count,
     ema_,
     ema_of_squares_,
     root,
@@ -53,6 +55,38 @@ class AdamW(Rule):
         if self.eps_style == "raw":
             return m / (root(v) + self.eps) / (correction1 * correction2)
         return m / ((root(v) * correction2 + self.eps) * correction1)
+
+    def has_kernel(self, params: list[Tensor]) -> bool:
+        (device, dtype), *others = {(p.device.type, p.dtype) for p in params}
+        known = device in ("cpu", "cuda") and dtype in (torch.float32, torch.float64)
+        return self.eps_style == "torch" and known and not others
+
+    def kernel(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        device = params[0].device
+        counts = [count(state) for state in states]
+        steps = {n: torch.full((), float(n), device=device) for n in set(counts)}
+        torch._fused_adamw_(
+            params,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [steps[n] for n in counts],
+            lr=lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=weight_decay,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 DEFAULTS = {
