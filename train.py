@@ -237,7 +237,8 @@ def resume(
     optimizer.load_named_state(
         {name.removeprefix("optim."): t for name, t in tensors.items() if name[:6] == "optim."}
     )
-    device.scaler.load_state_dict(meta["scaler"])
+    if meta["scaler"]:  # empty unless the precision was fp16
+        device.scaler.load_state_dict(meta["scaler"])
     record.load(meta)
     return meta["step"], meta["val_loss"]
 

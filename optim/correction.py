@@ -18,13 +18,13 @@ MARS off, wherever gradient buffers are reused (zero_grad(set_to_none=False), DD
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from torch import Tensor
 
 from optim.norms import norm
-from optim.rule import Rule, State, check_positive, zeros
+from optim.rule import Rule, State, check_positive, same_kind, zeros
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,10 @@ class Mars:
     exact: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not same_kind(value, field.default) and (field.name, value) != ("clip", None):
+                raise ValueError(f"mars.{field.name} is {value!r}, expected as {field.default!r}")
         if self.gamma < 0:
             raise ValueError(f"mars.gamma must not be negative, given {self.gamma}")
         if self.clip is not None:

@@ -71,15 +71,19 @@ def resolve(name: str, **hyperparameters: Any) -> dict[str, dict[str, Any]]:
     model: a configuration error is found here."""
     module = modules()[known(name, modules(), "optimizer")]
     given = {**SETTINGS, **module.DEFAULTS, **hyperparameters}
+    for key in ("mars", "groups"):
+        _check_table(key, given[key])
     given["mars"] = {**SETTINGS["mars"], **module.DEFAULTS.get("mars", {}), **given["mars"]}
     top, groups = {k: v for k, v in given.items() if k != "groups"}, given["groups"]
     if not groups:
         raise ValueError(f"optimizer {name} has no groups")
     # a hyper-parameter of the optimizer goes to every group that uses the optimizer's rule
-    return {group: _complete(group, dict(spec), top) for group, spec in groups.items()}
+    return {group: _complete(group, spec, top) for group, spec in groups.items()}
 
 
-def _complete(group: str, spec: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def _complete(group: str, spec: Mapping[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    _check_table(f"groups.{group}", spec)
+    _check_table(f"groups.{group}.mars", spec.get("mars", {}))
     rule = known(spec.get("rule", top["rule"]), rules(), "rule")
     inherited = {k: v for k, v in top.items() if k in SETTINGS or rule == top["rule"]}
     merged = {"lr_scale": 1.0, **inherited, **spec, "mars": {**top["mars"], **spec.get("mars", {})}}
@@ -98,7 +102,7 @@ def _complete(group: str, spec: dict[str, Any], top: dict[str, Any]) -> dict[str
         built.momentum  # noqa: B018 - raises for a rule that has none
         Mars(**merged["mars"])
     for key in ("lr", "weight_decay", "lr_scale"):
-        _check_number(f"{group}: {key}", merged[key])
+        _check_number(f"groups.{group}.{key}" if key in spec else key, merged[key])
     return {
         "name": group,
         "match": merged["match"],
@@ -111,6 +115,11 @@ def _complete(group: str, spec: dict[str, Any], top: dict[str, Any]) -> dict[str
         "lr_scale": merged["lr_scale"],
         "weight_decay": merged["weight_decay"],
     }
+
+
+def _check_table(what: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{what} is {value!r}, expected a table of settings")
 
 
 def _check_number(what: str, value: Any) -> None:

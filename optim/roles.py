@@ -72,7 +72,8 @@ def assign(
             raise ValueError(f"roles[{pattern!r}] is {wanted!r}, expected one of {expected}")
     role = {name: _role(name, p, roles or {}) for name, p in parameters}
     taken: dict[str, list[tuple[str, Tensor]]] = {group: [] for group in groups}
-    unused = {m for spec in groups.values() for m in _matchers(spec) if m not in ROLES}
+    patterns = {m for spec in groups.values() for m in _matchers(spec) if m not in ROLES}
+    unused, unseen = set(patterns), {p for p in patterns if not any(_is_in(p, n) for n in role)}
     for name, param in parameters:
         for group, spec in groups.items():
             hits = [m for m in _matchers(spec) if m == role[name] or _is_in(m, name)]
@@ -85,11 +86,14 @@ def assign(
                 f"no optimizer group takes {name} (role {role[name]}): add the role or a pattern "
                 f"to the match of one of: {', '.join(groups)}"
             )
-    if unused:
-        raise ValueError(
-            f"optimizer group pattern {sorted(unused)[0]!r} matches no parameter: it is neither a "
-            f"role ({', '.join(ROLES)}) nor found in any name, such as {parameters[0][0]}"
+    for pattern in sorted(unused):
+        why = (
+            f"matches no parameter: it is neither a role ({', '.join(ROLES)}) nor found in any "
+            f"name, such as {parameters[0][0]}"
+            if pattern in unseen
+            else "matches only parameters that an earlier group takes: put its group first"
         )
+        raise ValueError(f"optimizer group pattern {pattern!r} {why}")
     return {group: members for group, members in taken.items() if members}
 
 
@@ -100,7 +104,13 @@ def _role(name: str, param: Tensor, roles: Mapping[str, str]) -> str:
 
 def _matchers(spec: Mapping[str, Any]) -> list[str]:
     match = spec["match"]
-    return [match] if isinstance(match, str) else list(match)
+    matchers = [match] if isinstance(match, str) else list(match)
+    for matcher in matchers:
+        try:
+            re.compile(matcher)
+        except re.error as error:
+            raise ValueError(f"match {matcher!r} is no regular expression: {error}") from None
+    return matchers
 
 
 def _is_in(matcher: str, name: str) -> bool:

@@ -45,7 +45,7 @@ class Rule:
             value = getattr(self, field.name)
             if isinstance(value, list):  # a YAML has lists where we have tuples
                 object.__setattr__(self, field.name, value := tuple(value))
-            if not _same_kind(value, field.default):
+            if not same_kind(value, field.default):
                 raise ValueError(
                     f"{field.name} is {value!r}, expected the like of {field.default!r}"
                 )
@@ -124,11 +124,11 @@ class Rule:
         return param
 
 
-def _same_kind(value: Any, default: Any) -> bool:
+def same_kind(value: Any, default: Any) -> bool:
     """Whether a hyper-parameter has its default's type; whole numbers serve as floats."""
     if isinstance(default, tuple):
         same_length = isinstance(value, tuple) and len(value) == len(default)
-        return same_length and all(map(_same_kind, value, default))
+        return same_length and all(map(same_kind, value, default))
     if isinstance(default, float):
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is type(default)

@@ -104,12 +104,11 @@ def best_precision(device: torch.device) -> str:
 
 def _parse(name: str) -> str:
     try:
-        kind = torch.device(name).type
+        device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"train.device is {name!r}: expected auto, cpu, cuda or mps") from None
-    there = {"cpu": True, "cuda": torch.cuda.is_available()}
-    there["mps"] = torch.backends.mps.is_available()
-    if not there.get(kind, False):
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    if (device.index or 0) >= there.get(device.type, 0):
         raise ConfigError(f"train.device is {name!r}, which this machine does not have: use auto")
     return name
 

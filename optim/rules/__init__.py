@@ -59,4 +59,4 @@ def known(name: str, valid: Any, what: str) -> str:
         return name
     near = difflib.get_close_matches(name, list(valid), n=1)
     hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(valid) or 'none'}"
-    raise ValueError(f"{name!r} is not a {what}: {hint}")
+    raise ValueError(f"{name!r} is no {what}: {hint}")

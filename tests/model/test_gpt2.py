@@ -184,8 +184,8 @@ def test_flops_per_token(size: str, palm: float, causal: float) -> None:
 @pytest.mark.parametrize("size", [*PUBLISHED, "nano"])
 def test_every_yaml_holds_exactly_the_config(size: str) -> None:
     values = yaml.safe_load((CONFIGS / f"gpt2_{size}.yaml").read_text())
-    assert set(values) == {field.name for field in fields(GPT2Config)}
-    assert values.pop("vocab_size") is None
+    assert set(values) == {"name", *(field.name for field in fields(GPT2Config))}
+    assert (values.pop("vocab_size"), values.pop("name")) == (None, "gpt2")
     config = GPT2Config(vocab_size=50257, **values)
     if size in PUBLISHED:
         assert config == GPT2Config(*PUBLISHED[size], 1024, 50257, vocab_multiple=64)

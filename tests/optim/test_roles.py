@@ -80,7 +80,7 @@ W = nn.Parameter(torch.zeros(3, 3))
         ([("a.w", W)], {"beta": 0.9}, "did you mean betas"),
         ([("a.w", W)], {"correction": "marz"}, "did you mean mars"),
         ([("a.w", W)], {"mars": {"gama": 1}}, "did you mean gamma"),
-        ([("a.w", W)], {"mask": "bold"}, "not a mask"),
+        ([("a.w", W)], {"mask": "bold"}, "no mask"),
     ],
 )
 def test_refuses(parameters: list[object], options: dict[str, object], said: str) -> None:
