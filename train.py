@@ -16,9 +16,14 @@ nothing.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, Protocol, cast
+
+# Read when torch is loaded. Threads that wait for each other on a CPU would otherwise spin, and a
+# second busy process then slows both down tenfold (docs/benchmarks.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hydra
 import torch
