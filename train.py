@@ -101,10 +101,10 @@ def train(config: Config, run: Run) -> dict[str, Any]:
     order.check(config.train.steps + optimizer.needs_next_batch_gradient)
     rows = config.train.micro_batch or config.train.global_batch
     validation = Validation(splits["val"], shape.context, config.train.eval_tokens, rows)
-    forward = compiled(model) if config.train.compile else model
     pin = device.device.type == "cuda"
     loader = Loader(splits["train"], order, pin_memory=pin, prefetch=config.data.prefetch)
     lr_schedule, every = schedule(config), config.train
+    forward = cast(nn.Module, torch.compile(model, dynamic=False)) if every.compile else model
     record = Record(config, run, device, model, splits)
     step, val_loss = resume(run, model, optimizer, device, record)
     record.start(step, optimizer, bigram_bits_per_byte(**splits))
@@ -118,14 +118,17 @@ def train(config: Config, run: Run) -> dict[str, Any]:
             evaluate = every.eval_every and (step % every.eval_every == 0 or step == every.steps)
             keep = every.checkpoint_every and (step % every.checkpoint_every == 0 or last)
             if fresh and evaluate:
-                with optimizer.evaluation_weights():
+                with optimizer.evaluation_weights(), record.untimed():
                     val_loss = validation.loss(forward, device)
-                    record.settle(step, val_loss)
+                record.settle(step, val_loss)
+                with optimizer.evaluation_weights(), record.untimed():
                     illustrate(config, record, model, tokenizer)
             elif last or keep:
                 record.settle(step)
             if fresh and keep:
-                save(run, step, model, optimizer, device, record, val_loss if evaluate else None)
+                with record.untimed():
+                    measured = val_loss if evaluate else None
+                    save(run, step, model, optimizer, device, record, measured)
             if last:
                 break
             figures = update(config, step, forward, optimizer, lr_schedule, loader, device)
@@ -133,11 +136,6 @@ def train(config: Config, run: Run) -> dict[str, Any]:
             record.expect(figures)
             step += 1
         return record.finish(step, val_loss, stop.requested)
-
-
-def compiled(model: nn.Module) -> nn.Module:
-    """The model compiled for its one shape; parameters and their names stay the model's."""
-    return cast(nn.Module, torch.compile(model, dynamic=False))
 
 
 class Batches(Protocol):

@@ -121,7 +121,7 @@ def _brief(setting: Any) -> str:
 
 
 @contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], object]]:
+def _progress(title: str, total: int | None) -> Iterator[Callable[[int], object]]:
     """A bar on a terminal; elsewhere nothing, and tqdm need not be installed."""
     if not sys.stderr.isatty():
         yield lambda size: None

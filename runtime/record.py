@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -163,6 +164,13 @@ class Record:
             if not math.isfinite(value):
                 raise NonFiniteError(f"the {name} is {value} at step {figures.step}")
         return {"train/loss": loss, "lr": figures.lr, "grad_norm": norm}
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What is done within does not count in the tokens per second."""
+        began = time.monotonic()
+        yield
+        self._marked += time.monotonic() - began
 
     def _rates(self, step: int) -> dict[str, float]:
         now = time.monotonic()

@@ -2,16 +2,16 @@
 
     python -m scripts.bench_optim                                  every optimizer, eager
     python -m scripts.bench_optim adamw lion mars_adamw --compile  these, eager and compiled
-    python -m scripts.bench_optim --device cuda model=gpt2_small   any override of configs/ selects a
-                                                                   model; the default has 13.9 M
+    python -m scripts.bench_optim --device cuda model=gpt2_small   any override of configs/ selects
+                                                                   a model; the default has 13.9 M
 
 Steps take turns with `torch.optim.AdamW(fused=True)` on the same parameters and random gradients,
 because a machine that somebody shares has no fixed speed: trust the ratios. They are the medians of
 the ratios of neighboring turns, in which a neighbor's load divides out; beside them stands the
 ratio of the two least times, which is what an idle machine would show.
 
-``--compile`` adds the first call, in a process of its own: cold (an empty cache of kernels) and warm
-(the same again). Beside ours stands MARS-AdamW as its authors write it, a Python loop over the
+``--compile`` adds the first call, in a process of its own: cold (an empty cache of kernels) and
+warm (the same again). Beside ours stands MARS-AdamW as its authors write it, a Python loop over the
 parameters with a branch on each norm, which on a GPU waits for each of them.
 """
 
@@ -173,12 +173,12 @@ def main() -> None:
     model = parameters(args.overrides, args.device)
 
     if args.first_call:
-        optimizer = create_optimizer(names[0], model.named_parameters(), lr=LR, compile=True)
-        print(seconds(optimizer.step, 1, args.device))
+        alone = create_optimizer(names[0], model.named_parameters(), lr=LR, compile=True)
+        print(seconds(alone.step, 1, args.device))
         return
     print(
         f"GPT-2 of {sum(p.numel() for p in model.parameters()):,} parameters, {args.device}, "
-        f"{args.threads} threads, torch {torch.__version__}; {args.reps} turns of {args.steps} steps"
+        f"{args.threads} threads, torch {torch.__version__}; {args.reps} turns of {args.steps}"
     )
     rows: list[Row] = []
     columns = ["optimizer", "mode", *COLUMNS, *(FIRST if args.compile else ())]
