@@ -152,7 +152,7 @@ def update(
     batches: Batches,
     device: Device,
 ) -> Figures:
-    """One optimizer update on the global batch of ``step``. Only an fp16 scaler reads the device."""
+    """One optimizer update on the global batch of ``step``. Only fp16 reads the device."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if optimizer.needs_next_batch_gradient:
         seed_step(config.seed, step + 1)  # the dropout that this batch will meet in its own step
