@@ -496,8 +496,6 @@ def test_config_files_and_dataclass_agree() -> None:
 
 
 def test_command_line(config: DataConfig, tmp_path: Path) -> None:
-    if not (ROOT / "configs" / "train.yaml").is_file():
-        pytest.skip("configs/train.yaml is not here yet")
     command = [
         sys.executable, "-m", "data.prepare", "data=text", f"data.files=[{config.files[0]}]",
         "data.tokenizer=bytes", "data.val_fraction=0.1",
