@@ -43,11 +43,11 @@ from eval.sample import sample_text
 from model import GPT2, MODELS
 from optim import Optimizer, Schedule, clip_grad_norm, create_optimizer
 from report.curves import plot_loss
-from runtime import checkpoint
 from runtime.cli import plain_errors, run_command
 from runtime.config import Config, accumulation, load, model_config, schedule
 from runtime.device import Device, seed_step
 from runtime.record import Figures, Record
+from runtime.resume import resume, save
 from runtime.run import Run, open_run
 from runtime.stop import StopRequest
 
@@ -206,44 +206,6 @@ def illustrate(config: Config, record: Record, model: GPT2, tokenizer: Tokenizer
         record.say(sample_text(model, tokenizer, config.train.sample_tokens, config.seed))
     if config.logging.picture:
         plot_loss(record.run.dir, record.reference_losses(), record.bits_per_byte(1.0))
-
-
-def save(
-    run: Run,
-    step: int,
-    model: nn.Module,
-    optimizer: Optimizer,
-    device: Device,
-    record: Record,
-    val_loss: float | None,
-) -> None:
-    record.flush()  # metrics up to this step are on the disk before the checkpoint is
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    tensors |= {f"optim.{name}": t for name, t in optimizer.named_state().items()}
-    meta = {"scaler": device.scaler.state_dict(), **record.state()}
-    run.checkpoints.save(step, tensors, meta, val_loss)
-
-
-def resume(
-    run: Run, model: nn.Module, optimizer: Optimizer, device: Device, record: Record
-) -> tuple[int, float | None]:
-    """Load the checkpoint that the run continues from, if any: (step, its validation loss)."""
-    if run.start is None:
-        return 0, None
-    tensors, meta = checkpoint.load(run.start)
-    saved = {name.removeprefix("model."): t for name, t in tensors.items() if name[:6] == "model."}
-    try:
-        model.load_state_dict(saved)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise ValueError(f"{run.start} holds another model than model=: {reason}") from None
-    optimizer.load_named_state(
-        {name.removeprefix("optim."): t for name, t in tensors.items() if name[:6] == "optim."}
-    )
-    if meta["scaler"]:  # empty unless the precision was fp16
-        device.scaler.load_state_dict(meta["scaler"])
-    record.load(meta)
-    return meta["step"], meta["val_loss"]
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ class LoggingConfig:
     wandb_project: str
     tensorboard: bool
     picture: bool  # draw loss.png
+    diagnostics: int  # steps between measurements of the optimizer (optim/diagnostics.py); 0: never
 
 
 @dataclass
@@ -116,7 +117,7 @@ POSITIVE = [
     *("data.shard_tokens", "data.prefetch", "schedule.decay_steps"),
 ]
 NOT_NEGATIVE = [
-    *("train.eval_every", "train.checkpoint_every", "train.sample_tokens"),
+    *("train.eval_every", "train.checkpoint_every", "train.sample_tokens", "logging.diagnostics"),
     *("schedule.warmup_steps", "schedule.warmup_fraction"),
 ]
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from data.shards import Split
 from optim import Optimizer
+from optim.diagnostics import Diagnostics
 from runtime.checkpoint import NonFiniteError
 from runtime.config import Config
 from runtime.console import Console
@@ -58,6 +59,8 @@ class Record:
         self.summary: dict[str, Any] = {}
         self._bigram: float | None = None
         self._pending: Figures | None = None
+        self._diagnostics: Diagnostics | None = None
+        self._measured: dict[str, Tensor] = {}  # what they found in the update expected
         self._elapsed = 0.0  # seconds of training before this process
         self._best: float | None = None
 
@@ -81,6 +84,8 @@ class Record:
         save_config(run, config)
         write_json(run.dir / "environment.json", environment())
         atomic_write_text(run.dir / "parameters.txt", full_table(optimizer.table()) + "\n")
+        if config.logging.diagnostics:
+            self._diagnostics = Diagnostics(optimizer, config.logging.diagnostics)
         self.summary["bigram_bits_per_byte"] = self._bigram = bigram
         for note in run.notes:
             self.say(note)
@@ -129,6 +134,7 @@ class Record:
     def expect(self, figures: Figures) -> None:
         """Take the figures of the update just started, to be settled later."""
         self._pending = figures
+        self._measured = self._diagnostics.take() if self._diagnostics is not None else {}
 
     def settle(self, step: int, val_loss: float | None = None) -> None:
         """Read the figures that are expected, check them, and write the line of ``step`` if one is
@@ -137,6 +143,8 @@ class Record:
         values = {} if figures is None else self._read(figures)
         shown = {"loss": values["train/loss"], "lr": figures.lr} if figures else {}
         due = figures is not None and step % self.config.logging.every == 0
+        measured, self._measured = self._measured, {}
+        values |= _to_host(measured)
         if due:
             values |= self._rates(step)
             shown["tokens_per_s"] = values["tokens_per_s"]
@@ -149,7 +157,7 @@ class Record:
                 f"step {step}  validation loss {val_loss:.4f}  "
                 f"{self.bits_per_byte(val_loss):.4f} bits per byte"
             )
-        if due or val_loss is not None:
+        if due or measured or val_loss is not None:
             self.metrics.log(step, step * self.tokens_per_step, self.elapsed, values)
         if due:
             self.console.progress(step, **shown)
@@ -255,3 +263,10 @@ class Record:
             self.console.say(f"ended by {type(error).__name__}: {error}")
         self.metrics.close()
         self.console.close()
+
+
+def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """The values of 0-D tensors, in one copy from the device."""
+    if not tensors:
+        return {}
+    return dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))

@@ -90,6 +90,18 @@ def test_evaluation_leaves_no_trace(tiny: Command) -> None:
     assert tensors(one) == tensors(other)
 
 
+@optimizers
+def test_a_look_at_the_optimizer_changes_nothing(tiny: Command, optimizer: Command) -> None:
+    plain = here(*tiny, *optimizer, "run.dir=plain").dir
+    seen = here(*tiny, *optimizer, "logging.diagnostics=3", "run.dir=seen").dir
+    assert tensors(plain) == tensors(seen)
+    looks = {line["step"] for line in metrics(seen) if "optim/matrix/update_rms" in line}
+    assert looks == {3, 6}
+    with_mars = "mars" in optimizer[0]
+    clips = [line for line in metrics(seen) if "optim/matrix/correction_clipped" in line]
+    assert bool(clips) == with_mars
+
+
 def test_bf16_runs_on_a_cpu_and_stays_near_fp32(tiny: Command) -> None:
     command = (*tiny, "train.steps=24", "train.eval_every=24", "optim.lr=1e-3")
     runs = {p: here(*command, f"train.precision={p}", f"run.dir={p}").dir for p in ("fp32", "bf16")}
