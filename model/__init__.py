@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from model.gpt2 import GPT2, Flops, GPT2Config
+from model.gpt2 import GPT2, Cache, Flops, GPT2Config, Packing
 
 
 class Family(NamedTuple):
@@ -14,4 +14,4 @@ class Family(NamedTuple):
 
 MODELS = {"gpt2": Family(GPT2Config, GPT2)}  # `name` in configs/model/*.yaml
 
-__all__ = ["GPT2", "MODELS", "Family", "Flops", "GPT2Config"]
+__all__ = ["GPT2", "MODELS", "Cache", "Family", "Flops", "GPT2Config", "Packing"]

@@ -23,11 +23,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from model.document_mask import document_mask, masked_attention
 
 INIT_STD = 0.02  # OpenAI drew the positions with 0.01; nanoGPT and transformers use 0.02 for both
 LAYER_NORM_EPS = 1e-5
@@ -83,6 +85,48 @@ class Flops(NamedTuple):
     causal: int  # only the half of the square that is executed
 
 
+class LayerCache:
+    """Keys and values that one layer has computed, in memory taken once for `capacity` tokens."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        self._store: Tensor | None = None  # taken at the first use, which knows dtype and device
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, heads, T, head width) each; returns views of all keys and values so far."""
+        if self._store is None:
+            batch, heads, _, width = key.shape
+            self._store = key.new_empty(2, batch, heads, self.capacity, width)
+        start, self.length = self.length, self.length + key.size(2)
+        self._store[0, :, :, start : self.length] = key
+        self._store[1, :, :, start : self.length] = value
+        keys, values = self._store[:, :, :, : self.length]
+        return keys, values
+
+
+class Cache:
+    """What a model has read, so that a continuation costs its new tokens only: pass the same one to
+    every call of `GPT2.forward`, and each call takes up where the last one ended. `capacity` is the
+    number of tokens that there is room for, at most the model's context. For use without gradients.
+    """
+
+    def __init__(self, config: GPT2Config, capacity: int | None = None) -> None:
+        self.capacity = config.context if capacity is None else min(capacity, config.context)
+        self.layers = [LayerCache(self.capacity) for _ in range(config.n_layer)]
+
+    @property
+    def length(self) -> int:
+        """Tokens read so far."""
+        return self.layers[0].length
+
+
+class Packing(NamedTuple):
+    """Texts that share a row: where each token stands in its text, and what it may attend to."""
+
+    positions: Tensor  # int64 (B, T), below the context; T itself may be longer
+    mask: Tensor  # bool (B, 1, T, T), [b, 0, i, j]: token i attends to token j
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention, (B, T, n_embd) -> (B, T, n_embd)."""
 
@@ -96,20 +140,42 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        documents: Any = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         query, key, value = (
             part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, heads, T, head width)
             for part in self.c_attn(x).chunk(3, dim=-1)
         )
+        dropout = self.dropout if self.training else 0.0
+        if documents is not None:
+            mixed = masked_attention(query, key, value, documents, dropout, self.scale)
+            return self.c_proj(mixed.transpose(1, 2).flatten(2))
+        if cache is not None:
+            key, value = cache.extend(key, value)
+            mask = _after_the_past(query, key)
         mixed = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None and query.size(2) == key.size(2),
             scale=self.scale,
         )
         return self.c_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def _after_the_past(query: Tensor, key: Tensor) -> Tensor | None:
+    """Causal mask (T, S) of T new tokens, the last of S; None where a plain call says it."""
+    new, total = query.size(2), key.size(2)
+    if new in (1, total):
+        return None
+    return torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)
 
 
 class MLP(nn.Module):
@@ -136,8 +202,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop(self.attn(self.ln_1(x)))
+    def forward(
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        documents: Any = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.drop(self.attn(self.ln_1(x), cache, documents, mask))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -152,10 +224,23 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS, bias=config.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.drop(self.wte(tokens) + self.wpe.weight[: tokens.size(1)])
-        for block in self.h:
-            x = block(x)
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        within = None if documents is None else document_mask(documents)
+        if packing is None:
+            past = 0 if cache is None else cache.length
+            places, mask = self.wpe.weight[past : past + tokens.size(1)], None
+        else:
+            places, mask = self.wpe(packing.positions), packing.mask
+        x = self.drop(self.wte(tokens) + places)
+        for layer, block in enumerate(self.h):
+            x = block(x, None if cache is None else cache.layers[layer], within, mask)
         return self.ln_f(x)
 
 
@@ -204,19 +289,31 @@ class GPT2(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         reduction: Literal["mean", "sum"] = "mean",
+        *,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Logits (B, T, vocab_size), or with targets their cross entropy in nats (0-D, float32 at
         least).
 
         tokens, targets: int64 (B, T), T <= context (else ValueError); targets[:, t] is the token
-        that follows tokens[:, t], or -100 where nothing is to be predicted.
+        that follows tokens[:, t], or -100 where nothing is to be predicted. With a `cache`, tokens
+        continue the text that it holds, and are added to it (else ValueError, if they do not fit).
+        With `documents`, int64 (B, T), a token attends to tokens of its own number only.
         """
+        if documents is not None and cache is not None:
+            raise ValueError("documents with a cache: a cache continues one text alone")
+        if cache is not None and cache.length + tokens.size(1) > cache.capacity:
+            raise ValueError(
+                f"{tokens.size(1)} tokens after the {cache.length} in the cache: it has room for "
+                f"{cache.capacity}"
+            )
         if tokens.size(1) > self.config.context:
             raise ValueError(
                 f"sequence of {tokens.size(1)} tokens: expected at most model.context = "
                 f"{self.config.context}"
             )
-        x = self.transformer(tokens)
+        x = self.transformer(tokens, documents=documents, cache=cache)
         logits = F.linear(x, self.transformer.wte.weight, self._padding_bias(x))
         if targets is None:
             return logits[..., : self.config.vocab_size]

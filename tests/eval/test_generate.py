@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.generate import generate
+from data.tokenizer import Tokenizer, get_tokenizer
+from eval.generate import beyond_context, generate, sample, spell, stream
 from model import GPT2, GPT2Config
 
 CONFIG = GPT2Config(2, 2, 16, context=8, vocab_size=29, vocab_multiple=8, dropout=0.2)
@@ -82,6 +83,63 @@ def test_samples_follow_the_model(model: GPT2, top_k: int | None) -> None:
     assert ((share - expected).abs() <= 5 * standard_error + 1e-6).all()
 
 
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_top_p_keeps_the_fewest_that_have_it(top_p: float, top_k: int | None) -> None:
+    n, temperature = 20_000, 0.7
+    logits = 2 * torch.randn(1, 29, generator=seeded(3))
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": seeded(4)}
+    drawn = sample(logits.expand(n, -1), **how).bincount(minlength=29)
+    likely = (logits[0] / temperature).argsort(descending=True)[:top_k]
+    share = (logits[0] / temperature)[likely].softmax(-1)
+    fewest = next(m for m in range(1, 30) if share[:m].sum() >= min(top_p, share.sum()))
+    expected = torch.zeros(29).index_copy(0, likely[:fewest], share[:fewest] / share[:fewest].sum())
+    standard_error = (expected * (1 - expected) / n).sqrt()
+    assert ((drawn / n - expected).abs() <= 5 * standard_error + 1e-6).all()
+
+
+def test_a_stream_is_the_text_as_it_comes(model: GPT2, prompt: Tensor) -> None:
+    text = generate(model, prompt, 12, generator=seeded(1))
+    columns = list(stream(model, prompt, 12, generator=seeded(1)))
+    assert torch.equal(torch.stack(columns, dim=1), text[:, 3:])
+    assert model.training
+    abandoned = stream(model, prompt, 12)
+    next(abandoned)
+    abandoned.close()
+    assert model.training
+
+
+def test_a_text_ends_at_stop(model: GPT2, prompt: Tensor) -> None:
+    free = generate(model, prompt, 30, temperature=0)[:, 3:].tolist()
+    stop = free[0][4]
+    ends = [row.index(stop) if stop in row else 30 for row in free]
+    assert ends[0] != ends[1]
+    text = generate(model, prompt, 30, temperature=0, stop=stop)[:, 3:].tolist()
+    for row, end, unstopped in zip(text, ends, free, strict=True):
+        assert row == (unstopped[:end] + [stop] * 30)[: len(row)]
+    assert len(text[0]) == min(30, max(ends) + 1)
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_pieces_are_whole_characters(name: str) -> None:
+    tokenizer: Tokenizer = get_tokenizer(name)
+    said = "caf\u00e9 \U0001f600\u2026 \u6f22\u5b57 end"
+    pieces = list(spell(tokenizer, tokenizer.encode(said).tolist()))
+    assert "".join(pieces) == said
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(pieces) > 5
+    cut = tokenizer.encode("\U0001f600").tolist()[:-1]  # half a character is shown at the end
+    assert "".join(spell(tokenizer, cut)) == "\ufffd"
+    never = list(spell(get_tokenizer("bytes"), [0xFF] * 20))  # no text at all
+    assert len(never) == 3 and "".join(never) == "\ufffd" * 20
+
+
+def test_what_does_not_fit_is_said() -> None:
+    assert beyond_context(5, 4, 8) is None  # the last token is written, not read
+    assert "the last 2 tokens cost" in str(beyond_context(6, 5, 8))
+    assert "9 tokens: only its last 8" in str(beyond_context(9, 1, 8))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_and_gradients_are_left_alone(model: GPT2, prompt: Tensor, training: bool) -> None:
     model.train(training)
@@ -113,6 +171,8 @@ def test_no_tokens_and_the_prompt_is_not_overwritten(model: GPT2, prompt: Tensor
         (lambda m, p: generate(m, p, 1, temperature=-0.5), "temperature is -0.5"),
         (lambda m, p: generate(m, p, 1, temperature=float("nan")), "temperature is nan"),
         (lambda m, p: generate(m, p, 1, top_k=0), "top_k is 0"),
+        (lambda m, p: generate(m, p, 1, top_p=0.0), r"top_p is 0\.0"),
+        (lambda m, p: generate(m, p, 1, top_p=1.1), r"top_p is 1\.1"),
     ],
 )
 def test_errors(

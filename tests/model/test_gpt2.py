@@ -14,34 +14,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from weights import TINY, batch, random_model
 
 from model import GPT2, GPT2Config
 from model.gpt2 import Attention
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "model"
-TINY = GPT2Config(n_layer=3, n_head=2, n_embd=32, context=24, vocab_size=61)
 PUBLISHED = {"small": (12, 12, 768), "medium": (24, 16, 1024), "large": (36, 20, 1280)}
 PUBLISHED["xl"] = (48, 25, 1600)
 # Linear weights that transformers stores transposed, in its Conv1D.
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-
-
-def random_model(config: GPT2Config, seed: int = 0) -> GPT2:
-    """Weights far from the initial ones: attention is sharp, and gains and biases matter."""
-    model = GPT2(config)
-    generator = torch.Generator().manual_seed(seed)
-    model.init_weights(generator)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def batch(config: GPT2Config, rows: int = 4, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (rows, config.context + 1)
-    text = torch.randint(config.vocab_size, shape, generator=generator)
-    return text[:, :-1], text[:, 1:]
 
 
 def gradients(model: GPT2, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -184,6 +166,7 @@ def test_flops_per_token(size: str, palm: float, causal: float) -> None:
 @pytest.mark.parametrize("size", [*PUBLISHED, "nano"])
 def test_every_yaml_holds_exactly_the_config(size: str) -> None:
     values = yaml.safe_load((CONFIGS / f"gpt2_{size}.yaml").read_text())
+    assert values.pop("init_from", None) is None  # no part of the shape
     assert set(values) == {"name", *(field.name for field in fields(GPT2Config))}
     assert (values.pop("vocab_size"), values.pop("name")) == (None, "gpt2")
     config = GPT2Config(vocab_size=50257, **values)
