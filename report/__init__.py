@@ -1,1 +1,1 @@
-"""Reads finished or running run directories and draws them; never imported by training code."""
+"""Reads finished or running run directories and draws them."""
