@@ -32,19 +32,24 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from data.bigram import bigram_bits_per_byte
-from data.loader import Loader
-from data.order import create_order
-from data.prepare import prepare
-from data.shards import check_vocab, open_split
-from data.tokenizer import Tokenizer, get_tokenizer
+from data.corpus import open_corpus
+from data.tokenizer import Tokenizer
 from eval.loss import Validation
 from eval.sample import sample_text
 from model import GPT2, MODELS
+from model.document_mask import WithDocuments
+from model.init_from import initialize
 from optim import Optimizer, Schedule, clip_grad_norm, create_optimizer
 from report.curves import plot_loss
 from runtime.cli import plain_errors, run_command
-from runtime.config import Config, accumulation, load, model_config, schedule
+from runtime.config import (
+    Config,
+    accumulation,
+    gradient_scale,
+    load,
+    model_config,
+    schedule,
+)
 from runtime.device import Device, seed_step
 from runtime.record import Figures, Record
 from runtime.resume import resume, save
@@ -74,14 +79,13 @@ def train(config: Config, run: Run) -> dict[str, Any]:
     """Run from where the run directory stands to the last step; returns the run's summary."""
     # ---- build: every mistake that can be found is found here, before the first step
     device = Device.choose(config.train)
-    tokenizer = get_tokenizer(config.data.tokenizer)
-    family, shape = MODELS[config.model["name"]], model_config(config, tokenizer.vocab_size)
-    folder = prepare(config.data)
-    splits = {name: open_split(folder, name) for name in ("train", "val")}
-    for split in splits.values():
-        check_vocab(split, shape.vocab_size)
+    corpus = open_corpus(config.data)
+    family, shape = MODELS[config.model["name"]], model_config(config, corpus.tokenizer.vocab_size)
+    corpus.check_vocab(shape.vocab_size)
     torch.manual_seed(config.seed)
     model = family.network(shape).to(device.device)
+    if config.model["init_from"] is not None and run.start is None:
+        initialize(model, config.model["init_from"])
     optimizer = create_optimizer(
         named_parameters=model.named_parameters(), compile=config.train.compile, **config.optim
     )
@@ -90,24 +94,18 @@ def train(config: Config, run: Run) -> dict[str, Any]:
             f"optim={config.optim['name']} takes more than one gradient per update, which the fp16 "
             f"loss scale does not follow: use train.precision=bf16 or fp32"
         )
-    order = create_order(
-        config.data.sampling,
-        tokens=len(splits["train"]),
-        context=shape.context,
-        global_batch=config.train.global_batch,
-        seed=config.seed,
-        repeat=config.data.repeat,
-    )
+    order = corpus.order(shape.context, config.train.global_batch, config.seed)
     order.check(config.train.steps + optimizer.needs_next_batch_gradient)
+    loader = corpus.loader(order, pin_memory=device.device.type == "cuda")
     rows = config.train.micro_batch or config.train.global_batch
-    validation = Validation(splits["val"], shape.context, config.train.eval_tokens, rows)
-    pin = device.device.type == "cuda"
-    loader = Loader(splits["train"], order, pin_memory=pin, prefetch=config.data.prefetch)
+    validation = Validation(corpus.val, shape.context, config.train.eval_tokens, rows)
     lr_schedule, every = schedule(config), config.train
-    forward = cast(nn.Module, torch.compile(model, dynamic=False)) if every.compile else model
-    record = Record(config, run, device, model, splits)
+    compiled = cast(nn.Module, torch.compile(model, dynamic=False)) if every.compile else model
+    kind, dropout = device.device.type, shape.dropout
+    forward = WithDocuments(compiled, corpus.documents, kind, dropout)
+    record = Record(config, run, device, model, corpus)
     step, val_loss = resume(run, model, optimizer, device, record)
-    record.start(step, optimizer, bigram_bits_per_byte(**splits))
+    record.start(step, optimizer)
 
     # ---- loop: step counts completed updates
     first = step
@@ -122,7 +120,7 @@ def train(config: Config, run: Run) -> dict[str, Any]:
                     val_loss = validation.loss(forward, device)
                 record.settle(step, val_loss)
                 with optimizer.evaluation_weights(), record.untimed():
-                    illustrate(config, record, model, tokenizer)
+                    illustrate(config, record, model, corpus.tokenizer)
             elif last or keep:
                 record.settle(step)
             if fresh and keep:
@@ -184,7 +182,7 @@ def backward(
     the batch unless train.accumulation=sum. Returns the micro-batches' mean losses. ``sampled``
     takes targets from the model's own predictions (Sophia's estimate of curvature)."""
     count = accumulation(config.train)
-    weight = {"mean": 1 / count, "sum": 1.0}[config.train.accumulation]
+    weight = gradient_scale(config.train) / count
     losses = []
     for micro in batch.chunk(count):
         tokens = device.to_device(micro)

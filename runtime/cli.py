@@ -8,6 +8,7 @@ HYDRA_FULL_ERROR=1 in the environment tracebacks are shown as they are.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import sys
@@ -51,7 +52,7 @@ def run_command(main: Callable[[], None]) -> None:
 def plain_errors(job: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     """Stands between hydra.main and the job, because Hydra puts a line of its own, with all
     overrides, before the error of a job. In a sweep that line says which trial it was, and the
-    error is Hydra's to raise, after the other trials have run."""
+    error is Hydra's to raise, after the other trials have run; failed.jsonl keeps all of them."""
 
     @wraps(job)
     def run(tree: DictConfig) -> None:
@@ -60,15 +61,31 @@ def plain_errors(job: Callable[[DictConfig], None]) -> Callable[[DictConfig], No
         except BrokenPipeError:
             raise
         except MISTAKES as error:
-            if TRACEBACKS or HydraConfig.get().mode == RunMode.MULTIRUN:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                _record_failure(error)
+                raise
+            if TRACEBACKS:
                 raise
             _fail(error)
 
     return run
 
 
+def _record_failure(error: BaseException) -> None:
+    """A line of <sweep>/failed.jsonl: which trial, and why."""
+    job = HydraConfig.get()
+    failure = {
+        "trial": job.sweep.subdir,
+        "overrides": list(job.overrides.task),
+        "error": one_line(error),
+    }
+    Path(job.sweep.dir).mkdir(parents=True, exist_ok=True)
+    with (Path(job.sweep.dir) / "failed.jsonl").open("a") as file:
+        file.write(json.dumps(failure) + "\n")
+
+
 def _fail(error: BaseException) -> None:
-    print(f"error: {_line(error)}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(1)
 
 
@@ -86,7 +103,8 @@ def _refuse_unread() -> None:
         )
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What went wrong and what to do, for any of `MISTAKES`."""
     cause = error.__cause__
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.parent_node is not None:
         return _unknown_key(str(cause.full_key), cause.parent_node)

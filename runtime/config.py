@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -17,10 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from data import DataConfig
+from data.corpus import KINDS
+from data.documents import DOCUMENTS
 from data.order import SAMPLING
-from data.sources import SOURCES
-from data.tokenizer import TOKENIZERS
+from data.sources import SPLIT_RULES
 from model import MODELS
+from model.init_from import complete
 from optim import Schedule, create
 
 
@@ -34,6 +37,8 @@ class TrainConfig:
     global_batch: int  # sequences per optimizer update, over all processes
     micro_batch: int | None  # sequences per forward pass; None: the whole global batch
     accumulation: str  # mean | sum (the MARS code's convention) over micro-batches
+    sum_factor: int | None  # accumulation=sum: micro-batches per process of the run reproduced,
+    # so that the number of GPUs does not shape it; None: those of this run
     grad_clip: float | None  # largest global gradient norm; None: no clip
     precision: str  # auto | fp32 | bf16 | fp16
     device: str  # auto | cpu | cuda | cuda:1 | mps
@@ -107,14 +112,17 @@ CHOICES = {
     "train.precision": ("auto", "fp32", "bf16", "fp16"),
     "parallel.strategy": ("none",),
     "logging.wandb": ("online", "offline", "disabled"),
-    "data.source": tuple(SOURCES),
-    "data.tokenizer": tuple(TOKENIZERS),
+    "data.source": KINDS,
+    "data.documents": tuple(DOCUMENTS),
+    "data.split_by": tuple(SPLIT_RULES),
     "data.sampling": tuple(SAMPLING),
 }
 POSITIVE = [
     *("train.steps", "train.global_batch", "train.micro_batch", "train.grad_clip"),
-    *("train.threads", "train.eval_tokens", "train.keep_checkpoints", "logging.every"),
-    *("data.shard_tokens", "data.prefetch", "schedule.decay_steps"),
+    *("train.threads", "train.eval_tokens", "train.keep_checkpoints", "train.sum_factor"),
+    *("logging.every",),
+    *("data.shard_tokens", "data.prefetch", "data.processes", "data.threads"),
+    *("schedule.decay_steps",),
 ]
 NOT_NEGATIVE = [
     *("train.eval_every", "train.checkpoint_every", "train.sample_tokens", "logging.diagnostics"),
@@ -129,6 +137,10 @@ def load(tree: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from None
     assert isinstance(config, Config)
+    try:
+        config.model = complete(config.model, config.model["init_from"])
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
     check(config)
     return config
 
@@ -200,23 +212,39 @@ def check(config: Config) -> None:
             )
 
 
-def accumulation(train: TrainConfig) -> int:
-    """Micro-batches per update, or ConfigError where the global batch does not divide."""
-    micro = train.micro_batch or train.global_batch
-    if train.global_batch % micro:
-        fits = [d for d in range(1, train.global_batch + 1) if train.global_batch % d == 0]
+def accumulation(train: TrainConfig, world_size: int = 1) -> int:
+    """Micro-batches per update and process, or ConfigError where the global batch does not divide
+    into micro-batches for ``world_size`` processes."""
+    share, rest = divmod(train.global_batch, world_size)
+    if rest:
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} does not divide among {world_size} "
+            f"processes: use a multiple of {world_size}"
+        )
+    micro = train.micro_batch or share
+    if share % micro:
+        fits = [d for d in range(1, share + 1) if share % d == 0]
         near = min(fits, key=lambda d: abs(d - micro))
+        among = "" if world_size == 1 else f" on each of {world_size} processes"
         raise ConfigError(
             f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch="
-            f"{micro}: use a divisor, such as train.micro_batch={near}"
+            f"{micro}{among}: use a divisor, such as train.micro_batch={near}"
         )
-    return train.global_batch // micro
+    return share // micro
+
+
+def gradient_scale(train: TrainConfig, world_size: int = 1) -> float:
+    """The gradient as a multiple of the mean over the global batch: 1, or with accumulation=sum the
+    number of micro-batches that a process adds up."""
+    count = train.sum_factor or accumulation(train, world_size)
+    return {"mean": 1.0, "sum": float(count)}[train.accumulation]
 
 
 def model_config(config: Config, vocab_size: int) -> Any:
     """The model's own typed config; ``vocab_size`` (the tokenizer's) fills a null."""
     settings = dict(config.model)
     name = settings.pop("name")
+    settings.pop("init_from")
     if name not in MODELS:
         raise ConfigError(f"model.name is {name!r}: expected one of {', '.join(MODELS)}")
     cls = MODELS[name].config
@@ -242,6 +270,7 @@ def schedule(config: Config) -> Schedule:
 # its rounding (micro_batch, threads, compile).
 FREE = (
     *("run", "paths", "logging", "parallel", "data.dir", "data.cache", "data.prefetch"),
+    *("data.worker", "data.processes", "data.threads", "data.check"),
     *("train.micro_batch", "train.threads", "train.compile", "train.device", "train.resume"),
     *("train.checkpoint_every", "train.keep_checkpoints"),
     *("train.eval_every", "train.eval_tokens", "train.sample_tokens"),
@@ -252,7 +281,12 @@ def trajectory(config: Config) -> dict[str, Any]:
     """The flat table of settings that decide the weights: equal tables, equal runs."""
     flat = flatten(asdict(config))
     free = tuple(f"{key}." for key in FREE)
-    return {key: value for key, value in flat.items() if not f"{key}.".startswith(free)}
+    return {key: value for key, value in flat.items() if not _plain(key).startswith(free)}
+
+
+def _plain(key: str) -> str:
+    """data.mixture.web.dir is as free as data.dir."""
+    return re.sub(r"^data\.mixture\.[^.]+\.", "data.", f"{key}.")
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,8 +7,6 @@ gradient norm are checked; only every ``logging.every``-th step is written.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +19,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from data.shards import Split
+from data.corpus import Corpus
 from optim import Optimizer
 from optim.diagnostics import Diagnostics
 from runtime.checkpoint import NonFiniteError
@@ -49,10 +47,10 @@ class Record:
     """The record of one run by one process; a context manager that closes its files."""
 
     def __init__(
-        self, config: Config, run: Run, device: Device, model: Any, splits: Mapping[str, Split]
+        self, config: Config, run: Run, device: Device, model: Any, corpus: Corpus
     ) -> None:
         self.config, self.run, self.device = config, run, device
-        self.model, self.splits = model, splits
+        self.model, self.corpus = model, corpus
         self.context = model.config.context
         self.tokens_per_step = config.train.global_batch * self.context
         self.console = Console(run.dir / "log.txt", config.train.steps)
@@ -64,12 +62,11 @@ class Record:
         self._elapsed = 0.0  # seconds of training before this process
         self._best: float | None = None
 
-    def start(self, step: int, optimizer: Optimizer, bigram: float | None) -> None:
-        """Open metrics and mirrors at ``step``, and write the header of a run that is new.
-
-        ``bigram``: bits per byte of the byte-bigram model on the validation text, the mark to beat.
-        """
+    def start(self, step: int, optimizer: Optimizer) -> None:
+        """Open metrics and mirrors at ``step``, and write the header of a run that is new."""
         config, run = self.config, self.run
+        # bits per byte of the byte-bigram model on the validation text: the mark to beat
+        bigram = self.corpus.bigram_bits_per_byte()
         resume_step = step if run.continued or run.start is not None else None
         mirrors = open_mirrors(
             run.dir,
@@ -83,7 +80,9 @@ class Record:
         self.metrics = MetricsLog(run.dir, mirrors, resume_step)
         save_config(run, config)
         write_json(run.dir / "environment.json", environment())
-        atomic_write_text(run.dir / "parameters.txt", full_table(optimizer.table()) + "\n")
+        rows = optimizer.table()
+        atomic_write_text(run.dir / "parameters.txt", full_table(rows) + "\n")
+        self.summary["state_bytes"] = sum(row["state_bytes"] for row in rows)
         if config.logging.diagnostics:
             self._diagnostics = Diagnostics(optimizer, config.logging.diagnostics)
         self.summary["bigram_bits_per_byte"] = self._bigram = bigram
@@ -103,28 +102,29 @@ class Record:
     def _say_header(self, optimizer: Optimizer) -> None:
         config, model = self.config, self.model
         flops = model.flops_per_token(self.context)
-        text, split = OmegaConf.to_yaml(OmegaConf.create(asdict(config))).rstrip(), self.splits
+        text = OmegaConf.to_yaml(OmegaConf.create(asdict(config))).rstrip()
         self.say(f"run {self.run.dir}\n\n{text}\n\n{parameter_table(optimizer.table())}\n")
         self.say(
             f"model {model.num_parameters():,} parameters; {flops.palm:,} FLOPs per token "
             f"(PaLM's count; {flops.causal:,} with causal attention)\n"
-            f"data  {len(split['train']):,} tokens for training, {len(split['val']):,} for "
-            f"validation ({self.config.data.tokenizer} tokenizer), in {split['train'].folder}\n"
+            f"data  {self.corpus}\n"
             f"batch {batch_arithmetic(config, self.context)}\n"
             f"on    {self.device.name}, {self.device.precision}, "
             f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
         )
 
-    def bits_per_byte(self, loss: float) -> float:
-        """Nats per token -> bits per byte of the validation text, comparable across tokenizers."""
-        val = self.splits["val"]
-        return loss / math.log(2) * len(val) / val.bytes
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Nats per token -> bits per byte of the validation text, comparable across tokenizers;
+        None where the text's size is not known."""
+        size = self.corpus.val.bytes_per_token
+        return None if size is None else loss / math.log(2) / size
 
     def reference_losses(self) -> dict[str, float]:
         """Losses to beat by name, in nats per token."""
-        if self._bigram is None:
+        bits_per_nat = self.bits_per_byte(1.0)
+        if self._bigram is None or bits_per_nat is None:
             return {}
-        return {"byte bigram": self._bigram / self.bits_per_byte(1.0)}
+        return {"byte bigram": self._bigram / bits_per_nat}
 
     def say(self, text: str) -> None:
         self.console.say(text)
@@ -151,12 +151,13 @@ class Record:
         if val_loss is not None:
             if not math.isfinite(val_loss):
                 raise NonFiniteError(f"the validation loss is {val_loss} at step {step}")
-            values |= {"val/loss": val_loss, "val/bits_per_byte": self.bits_per_byte(val_loss)}
+            values["val/loss"] = val_loss
             self._best = min(val_loss, self._best if self._best is not None else math.inf)
-            self.say(
-                f"step {step}  validation loss {val_loss:.4f}  "
-                f"{self.bits_per_byte(val_loss):.4f} bits per byte"
-            )
+            text = f"step {step}  validation loss {val_loss:.4f}"
+            if (bits := self.bits_per_byte(val_loss)) is not None:
+                values["val/bits_per_byte"] = bits
+                text += f"  {bits:.4f} bits per byte"
+            self.say(text)
         if due or measured or val_loss is not None:
             self.metrics.log(step, step * self.tokens_per_step, self.elapsed, values)
         if due:
@@ -196,17 +197,13 @@ class Record:
         """Seconds of training, over all processes that have continued this run."""
         return self._elapsed + time.monotonic() - self._started
 
-    def data_fingerprint(self) -> str:
-        shards = [shard.sha256 for split in self.splits.values() for shard in split.shards]
-        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
-
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this record."""
         return {
             "tokens_per_step": self.tokens_per_step,
             "elapsed_s": self.elapsed,
             "best_val_loss": self._best,
-            "data": self.data_fingerprint(),
+            "data": self.corpus.fingerprint,
         }
 
     def load(self, meta: Mapping[str, Any]) -> None:
@@ -217,9 +214,9 @@ class Record:
                 f"{self.run.start} is already beyond train.steps={self.config.train.steps}: "
                 f"raise train.steps"
             )
-        if meta["data"] != self.data_fingerprint():
+        if meta["data"] != self.corpus.fingerprint:
             raise ValueError(
-                f"{self.run.start} was trained on other data than {self.splits['train'].folder}: "
+                f"{self.run.start} was trained on other data than this run's: "
                 f"give data.dir the data set it began with"
             )
         self._elapsed, self._best = meta["elapsed_s"], meta["best_val_loss"]
@@ -242,6 +239,8 @@ class Record:
             "elapsed_s": round(self.elapsed, 2),
             "memory_gb": round(self.device.memory_gb(), 3),
             "parameters": self.model.num_parameters(),
+            "flops_per_token": self.model.flops_per_token(self.context).palm,
+            "data": self.corpus.fingerprint,
             "device": self.device.name,
             "precision": self.device.precision,
         }

@@ -33,11 +33,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from data.loader import Loader
-from data.order import create_order
-from data.prepare import prepare
-from data.shards import Split, open_split
-from data.tokenizer import get_tokenizer
+from data.corpus import Corpus, open_corpus
 from model import GPT2, GPT2Config
 from optim import clip_grad_norm, create_optimizer
 from runtime.config import Config, load, model_config, schedule
@@ -52,7 +48,7 @@ CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 class Ours:
     """train.py's loop between two evaluations, with a stopwatch in the optimizer and the record."""
 
-    def __init__(self, config: Config, splits: dict[str, Split], shape: GPT2Config) -> None:
+    def __init__(self, config: Config, corpus: Corpus, shape: GPT2Config) -> None:
         self.config, self.shape = config, shape
         self.device = Device.choose(config.train)
         torch.manual_seed(config.seed)
@@ -63,17 +59,12 @@ class Ours:
             **config.optim,
         )
         self.forward: Any = torch.compile(self.model) if config.train.compile else self.model
-        order = create_order(
-            config.data.sampling,
-            tokens=len(splits["train"]),
-            context=shape.context,
-            global_batch=config.train.global_batch,
-            seed=config.seed,
+        self.loader = corpus.loader(
+            corpus.order(shape.context, config.train.global_batch, config.seed)
         )
-        self.loader = Loader(splits["train"], order, prefetch=config.data.prefetch)
         self.lr_schedule = schedule(config)
-        self.record = Record(config, open_run(config), self.device, self.model, splits)
-        self.record.start(0, self.optimizer, None)
+        self.record = Record(config, open_run(config), self.device, self.model, corpus)
+        self.record.start(0, self.optimizer)
         self.done = 0
         self.spent = {"optimizer": 0.0, "logging": 0.0}  # seconds
         self.optimizer.register_step_pre_hook(lambda *_: self._start())
@@ -208,13 +199,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(Path(folder), arguments.overrides)
-        prepared = prepare(config.data)
-        splits = {name: open_split(prepared, name) for name in ("train", "val")}
+        corpus = open_corpus(config.data)
         tokens = Path(folder) / "train.bin"
-        splits["train"].read(0, len(splits["train"])).astype(np.uint16).tofile(tokens)
-        shape = model_config(config, get_tokenizer(config.data.tokenizer).vocab_size)
+        corpus.train.read(0, len(corpus.train)).astype(np.uint16).tofile(tokens)
+        shape = model_config(config, corpus.tokenizer.vocab_size)
         with contextlib.redirect_stdout(io.StringIO()):  # both sides write, nobody reads
-            ours = Ours(config, splits, shape)
+            ours = Ours(config, corpus, shape)
             theirs = NanoGPT(arguments.nanogpt, config, tokens, shape)
             seed_step(config.seed, 0)
             for side in (ours, theirs):

@@ -189,7 +189,7 @@ def test_damaged_data(tiny: Command) -> None:
     here(*tiny, *data)
     shard = Path("own/train_00000.bin")
     shard.write_bytes(shard.read_bytes()[:-7])
-    assert re.search(r"train_00000.bin: \d+ bytes, expected \d+", here(*tiny, *data).error)
+    assert re.search(r"train_00000.bin is truncated or damaged: \d+ bytes, expected \d+", here(*tiny, *data).error)
 
 
 def test_data_damaged_in_place(tiny: Command) -> None:
@@ -201,7 +201,7 @@ def test_data_damaged_in_place(tiny: Command) -> None:
     content[1024:] = b"\xff" * (len(content) - 1024)
     shard.write_bytes(content)
     error = here(*tiny, *data).error
-    assert "train_00000.bin: id 65535 is outside the bytes vocabulary of 257" in error
+    assert "train_00000.bin: id 65535 at position 0 is outside the bytes vocabulary of 257" in error
 
 
 # ---- divergence ----------------------------------------------------------------------------------
