@@ -1,9 +1,13 @@
 """Batches of token ids, read ahead of the step that needs them.
 
-One thread is enough: a batch is a few hundred small copies out of mapped files, for which numpy
-releases no lock worth having, and the time it must hide is the disk's.  The thread works on the
-steps that follow the last one asked for; because an order is a function of the step alone, asking
-for any other step is never wrong, only slower.
+One thread copies: a batch is a few hundred windows of mapped files, some 50 microseconds of work,
+and numpy lets the training thread run meanwhile, also where a page must be waited for.  What can
+take long is the disk, above all a network's, which answers one question as late as a thousand.  So
+the windows of the coming batches are announced to the system (madvise) before the first of them is
+copied: it fetches them all at a time, and these windows alone, not what lies around them.
+
+Because an order is a function of the step alone, asking for any other step is never wrong, only
+slower.
 """
 
 from __future__ import annotations
@@ -25,9 +29,7 @@ def read_windows(
 ) -> Tensor:
     """The windows that start at `offsets`: int64, shape (len(offsets), context + 1)."""
     out = torch.empty(len(offsets), context + 1, dtype=torch.int64, pin_memory=pin_memory)
-    rows = out.numpy()  # shares the tensor's memory
-    for row, offset in zip(rows, offsets.tolist(), strict=True):
-        row[:] = split.read(offset, context + 1)
+    split.read_rows(offsets, out.numpy())  # which shares the tensor's memory
     return out
 
 
@@ -63,6 +65,7 @@ class Loader:
         self.rows = slice(None) if rows is None else rows
         self.prefetch = prefetch
         self._batches: dict[int, Tensor | BaseException] = {}
+        self._announced: dict[int, np.ndarray] = {}  # step -> offsets; the thread's own
         self._step: int | None = None  # the last one asked for
         self._closed = False
         self._changed = threading.Condition()
@@ -117,8 +120,19 @@ class Loader:
                 self._changed.notify_all()
 
     def _read(self, step: int) -> Tensor:
-        offsets = self.order.offsets(step)[self.rows]
+        coming = range(step, step + self.prefetch + 1)
+        self._announced = {
+            ahead: self._announced[ahead] if ahead in self._announced else self._announce(ahead)
+            for ahead in coming
+        }
+        offsets = self._announced[step]
         return read_windows(self.split, offsets, self.order.context, self.pin_memory)
+
+    def _announce(self, step: int) -> np.ndarray:
+        """Where the windows of a step begin, which the system then begins to fetch."""
+        offsets = self.order.windows(self.order.rows(step)[self.rows])
+        self.split.announce(offsets, self.order.context + 1)
+        return offsets
 
     def close(self) -> None:
         """Stop the thread and drop what it has read; may be called twice."""

@@ -100,23 +100,29 @@ class Order:
         """Blocks per epoch; up to `context` tokens at the end of the split belong to none."""
         return (self.tokens - 1) // self.context
 
+    def rows(self, step: int) -> np.ndarray:
+        """The numbers of a step's rows, counted from the run's first, int64, (global_batch,)."""
+        return step * self.global_batch + np.arange(self.global_batch, dtype=np.int64)
+
     def offsets(self, step: int) -> np.ndarray:
         """Start offsets of the windows of a step, int64, shape (global_batch,), row by row."""
+        return self.windows(self.rows(step))
+
+    def windows(self, rows: np.ndarray) -> np.ndarray:
+        """Start offsets of the windows of any rows, by their numbers; int64, shape (k,)."""
         raise NotImplementedError
 
     def check(self, steps: int) -> None:
         """Raises ValueError where `repeat=False` and `steps` steps need more than one epoch."""
-        needed = steps * self.global_batch
+        self.check_rows(steps * self.global_batch, f"train.steps={steps}", "the split")
+
+    def check_rows(self, needed: int, what: str, of: str) -> None:
+        """`check` for a number of rows, which `what` needs of what the message calls `of`."""
         if not self.repeat and needed > self.n_blocks:
             raise ValueError(
-                f"train.steps={steps} needs {needed} blocks of {self.context} tokens, the split "
-                f"has {self.n_blocks}: lower train.steps or set data.repeat=true"
+                f"{what} needs {needed} blocks of {self.context} tokens, {of} has {self.n_blocks}: "
+                "lower train.steps or set data.repeat=true"
             )
-
-    def _places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epoch, position in the epoch) of each row: blocks are dealt out one after another."""
-        rows = step * self.global_batch + np.arange(self.global_batch, dtype=np.int64)
-        return rows // self.n_blocks, rows % self.n_blocks
 
 
 class Shuffled(Order):
@@ -125,16 +131,16 @@ class Shuffled(Order):
     A batch that straddles the end of an epoch takes its remaining rows from the next.
     """
 
-    def offsets(self, step: int) -> np.ndarray:
-        epoch, position = self._places(step)
+    def windows(self, rows: np.ndarray) -> np.ndarray:
+        epoch, position = np.divmod(rows, self.n_blocks)
         return permute(position, self.n_blocks, self.seed, epoch) * self.context
 
 
 class Sequential(Order):
     """The blocks as they lie in the split, again and again."""
 
-    def offsets(self, step: int) -> np.ndarray:
-        return self._places(step)[1] * self.context
+    def windows(self, rows: np.ndarray) -> np.ndarray:
+        return rows % self.n_blocks * self.context
 
 
 class RandomCrops(Order):
@@ -144,14 +150,18 @@ class RandomCrops(Order):
     numpy guarantees those for all time, but not the streams of its distributions.
     """
 
-    def offsets(self, step: int) -> np.ndarray:
-        key = np.array([self.seed % 2**64, step], np.uint64)
-        bits = np.random.Philox(key=key).random_raw(self.global_batch)
+    def windows(self, rows: np.ndarray) -> np.ndarray:
+        steps, place = np.divmod(rows, self.global_batch)
+        bits = np.empty(rows.shape, np.uint64)
+        for step in np.unique(steps):
+            key = np.array([self.seed % 2**64, step], np.uint64)
+            here = steps == step
+            bits[here] = np.random.Philox(key=key).random_raw(self.global_batch)[place[here]]
         # The remainder favors small offsets by less than tokens / 2^64: nothing.
         return (bits % np.uint64(self.tokens - self.context)).astype(np.int64)
 
-    def check(self, steps: int) -> None:
-        """Any number of steps will do."""
+    def check_rows(self, needed: int, what: str, of: str) -> None:
+        """Any number of rows will do."""
 
 
 SAMPLING: dict[str, type[Order]] = {

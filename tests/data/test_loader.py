@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -82,15 +83,19 @@ class Recording:
     """A split that notes which thread read and how often, and fails where it is told to."""
 
     def __init__(self, split: Split) -> None:
-        self.split, self.reads, self.threads = split, 0, set[str]()
+        self.split, self.reads, self.announced, self.threads = split, 0, 0, set[str]()
         self.broken = False
 
-    def read(self, offset: int, n: int) -> np.ndarray:
-        self.reads += 1
+    def announce(self, offsets: np.ndarray, n: int) -> None:
+        self.announced += len(offsets)
+        self.split.announce(offsets, n)
+
+    def read_rows(self, offsets: np.ndarray, out: np.ndarray) -> None:
+        self.reads += len(offsets)
         self.threads.add(threading.current_thread().name)
         if self.broken:
             raise OSError("the disk is gone")
-        return self.split.read(offset, n)
+        self.split.read_rows(offsets, out)
 
 
 def test_reads_ahead_in_its_thread_and_no_further(split: Split, order: Order) -> None:
@@ -106,6 +111,7 @@ def test_reads_ahead_in_its_thread_and_no_further(split: Split, order: Order) ->
         loader.batch(0)  # one behind is still here
         time.sleep(0.05)
         assert recording.reads == 5 * 6
+        assert recording.announced == 8 * 6  # each once, three steps before it is read
     assert recording.threads == {"data loader"}
 
 
@@ -177,6 +183,45 @@ def test_an_open_loader_does_not_keep_the_process(tmp_path: Path, ending: str, c
     assert (run.returncode, run.stdout) == (code, "batch\n")
     assert ("on purpose" in run.stderr) == (ending == "raise")
     assert "Fatal" not in run.stderr
+
+
+MEMORY = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from data.loader import Loader
+from data.order import create_order
+from data.shards import open_split
+split = open_split(sys.argv[1], "train")
+order = create_order(sys.argv[2], tokens=len(split), context=256, global_batch=32, seed=0)
+def megabytes(kind):
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(kind)[1].split()[0]) / 1024
+found = []
+with Loader(split, order) as loader:
+    epoch = order.n_blocks // 32 + 1
+    for step in range(6 * epoch):
+        loader.batch(step)
+        if step % epoch == epoch - 1:
+            found.append((megabytes("RssAnon:"), megabytes("VmRSS:")))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", ["shuffled", "random_crops"])
+def test_memory_is_flat_over_epochs(tmp_path: Path, sampling: str) -> None:
+    """After the first two epochs, by which every page of the file has been seen."""
+    write(tmp_path, np.arange(4_000_000) % 257, shard_tokens=1_000_000)
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path), sampling],
+        cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    anonymous, resident = np.array(json.loads(run.stdout))[1:].T
+    assert np.ptp(anonymous) < 1.0  # MB; a batch alone is 0.07 MB, an epoch 32 MB
+    assert np.ptp(resident) < 1.0
 
 
 @pytest.mark.gpu

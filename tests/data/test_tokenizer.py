@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -72,8 +74,118 @@ def test_lone_surrogates_do_not_fail(gpt2: Tokenizer) -> None:
 
 
 def test_unknown_name_gets_a_suggestion() -> None:
-    with pytest.raises(ValueError, match=r"data\.tokenizer=byte: .*did you mean bytes"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer is 'byte': did you mean bytes"):
         get_tokenizer("byte")
+
+
+# --- tokenizer.json ---------------------------------------------------------------------------
+
+
+def write_tokenizer(folder: Path, eot: str | None = "</s>", **config: object) -> Path:
+    """A byte-level BPE of 300 ids, fitted to a line, that puts <s> around texts and truncates."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<s>", *([eot] if eot else [])]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    backend.train_from_iterator(["the cat sat on the mat, the rat on the hat " * 9], trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A <s>", special_tokens=[("<s>", 0)]
+    )
+    backend.enable_truncation(5)
+    backend.enable_padding(length=8)
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def from_file(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return get_tokenizer(str(write_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_file_round_trip(from_file: Tokenizer, text: str) -> None:
+    tokenizer = from_file
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert ids.size == 0 or ids.max() < tokenizer.vocab_size
+    assert tokenizer.eot not in ids
+
+
+def test_file_adds_nothing_and_cuts_nothing(tmp_path: Path) -> None:
+    tokenizer = get_tokenizer(str(write_tokenizer(tmp_path)))
+    ids = tokenizer.encode("the cat </s> sat <s> on the mat")  # special tokens are ordinary text
+    assert 0 not in ids and tokenizer.eot not in ids and len(ids) > 8
+    assert tokenizer.decode(ids) == "the cat </s> sat <s> on the mat"
+    assert tokenizer.encode("").size == 0
+    assert 258 <= tokenizer.vocab_size <= 300
+    assert get_tokenizer(str(tmp_path)).fingerprint == tokenizer.fingerprint  # a folder will do
+
+
+def test_end_of_text_is_found_by_the_stated_rule(tmp_path: Path) -> None:
+    names = {
+        str(write_tokenizer(tmp_path / "a")): "</s>",
+        str(write_tokenizer(tmp_path / "b", "<|endoftext|>")): "<|endoftext|>",
+        str(write_tokenizer(tmp_path / "c", eos_token="<s>")): "<s>",
+        str(write_tokenizer(tmp_path / "d", eos_token={"content": "<s>"})): "<s>",
+        str(write_tokenizer(tmp_path / "e", eos_token="absent")): "</s>",
+    }
+    for path, eot in names.items():
+        tokenizer = get_tokenizer(path)
+        assert tokenizer.decode([tokenizer.eot]) == eot
+    with pytest.raises(ValueError, match=r"has no end-of-text token: expected the eos_token of"):
+        get_tokenizer(str(write_tokenizer(tmp_path / "f", None)))
+
+
+def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    one = get_tokenizer(str(write_tokenizer(tmp_path / "one")))
+    two = get_tokenizer(str(write_tokenizer(tmp_path / "two")))
+    other = get_tokenizer(str(write_tokenizer(tmp_path / "other", eos_token="<s>")))
+    assert one.fingerprint == two.fingerprint != other.fingerprint
+
+
+def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
+    for content in ("", "{}", "[1]", '{"model": 1}'):
+        path = tmp_path / f"t{len(content)}.json"
+        path.write_text(content)
+        with pytest.raises(ValueError, match=rf"{path} is not a tokenizer\.json") as caught:
+            get_tokenizer(str(path))
+        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(FileNotFoundError, match=r"absent\.json not found"):
+        get_tokenizer(str(tmp_path / "absent.json"))
+
+
+def test_names_of_the_hub_come_from_its_cache_without_network(tmp_path: Path) -> None:
+    """As `huggingface_hub` lays it out: models--<owner>--<name>/{refs/main, snapshots/<commit>}."""
+    repository = tmp_path / "hub" / "models--google-t5--t5-base"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    write_tokenizer(repository / "snapshots" / "abc", eos_token="</s>")
+    script = (
+        "import sys\n"
+        "from data.tokenizer import get_tokenizer\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: t = get_tokenizer(name); print(t.name, t.decode([t.eot]))\n"
+        "    except FileNotFoundError as error: print(error)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, "google-t5/t5-base", "nobody/nothing"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    lines = run.stdout.splitlines()
+    assert lines[0] == "google-t5/t5-base </s>" and len(lines) == 2
+    assert lines[1].startswith("data.tokenizer=nobody/nothing: no tokenizer.json on the hub (")
 
 
 # --- where GPT-2's vocabulary is found, each in a process that can reach no network -----------
