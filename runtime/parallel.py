@@ -1,0 +1,361 @@
+"""The model spread over processes: DDP, FSDP2, both (HSDP), and the gradient's one reduction.
+
+    none   one process
+    ddp    every process holds the model; gradients are averaged while they are computed
+    fsdp   every process holds some rows of each parameter (`fully_shard`, DTensors) and gathers a
+           block's parameters when it needs them
+    hsdp   fsdp within groups of ``parallel.shards`` processes, ddp between these groups
+
+The gradient is the mean over the global batch, whatever the number of processes: each takes an
+equal part of the batch (`rows`), and the parts' means are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.checkpoint import checkpoint
+
+from runtime.config import ConfigError
+from runtime.processes import Processes
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class ParallelConfig:
+    strategy: str  # none | ddp | fsdp | hsdp
+    timeout: float  # seconds that a process waits for another before the job ends
+    shards: int | None  # hsdp: processes that share one replica; None: those of a machine
+    divide: str  # optimizer work divided among replicas: all | matrix | none
+    check_every: int  # steps between comparisons of the replicas' parameters; 0: never
+    deterministic_reduce: bool  # ddp: gradients summed in one fixed order, any number of processes
+    activation_checkpointing: bool  # compute a block's activations again in the backward pass
+    gradient_as_bucket_view: bool  # ddp: gradients live in the buffers that are sent
+    static_graph: bool  # ddp: every step uses the same parameters in the same order
+    bucket_mb: float  # ddp: size of a message
+    reshard_after_forward: bool  # fsdp: free a block's parameters between forward and backward
+    param_dtype: str  # fsdp: gather parameters and compute in fp32 | bf16 | fp16
+    reduce_dtype: str  # fsdp: reduce gradients in fp32 | bf16
+    prefetch: int  # fsdp: blocks whose parameters are gathered ahead of their use; 0: torch's way
+
+
+@dataclass
+class Parallel:
+    """A model as this process sees it. ``model`` has the parameters, under their own names, for
+    the optimizer and the checkpoint; ``forward`` is what to call."""
+
+    model: nn.Module
+    forward: nn.Module
+    processes: Processes
+    mesh: DeviceMesh | None = None  # (shard) or (replica, shard) for DTensors; None: whole tensors
+    tree: TreeReduction | None = None
+
+    def rows(self, global_batch: int) -> slice:
+        """This process's sequences of the global batch: contiguous, equal for all."""
+        own = global_batch // self.processes.size
+        return slice(self.processes.rank * own, (self.processes.rank + 1) * own)
+
+    @property
+    def shards(self) -> dist.ProcessGroup | None:
+        """The processes that hold the rows of one replica."""
+        return None if self.mesh is None else self.mesh.get_group("shard")
+
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """The processes that hold the same as this one."""
+        if self.mesh is not None:
+            names = self.mesh.mesh_dim_names or ()
+            return self.mesh.get_group("replica") if "replica" in names else None
+        return dist.group.WORLD if self.processes.size > 1 else None
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch: gradients are reduced after the last."""
+        if isinstance(self.forward, nn.parallel.DistributedDataParallel) and not last:
+            if self.forward.static_graph:
+                raise ConfigError(  # torch 2.13: "expect_autograd_hooks_ INTERNAL ASSERT FAILED"
+                    "parallel.static_graph=true does not work with gradient accumulation: leave it "
+                    "off, or raise train.micro_batch to this process's whole share of the batch"
+                )
+            with self.forward.no_sync():
+                yield
+            return
+        if self.mesh is not None:
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        yield
+        if self.tree is not None:
+            self.tree.add()
+            if last:
+                self.tree.finish()
+
+    def losses(self, own: Tensor) -> Tensor:
+        """Losses of all micro-batches of the global batch, in its order, from this process's."""
+        if self.processes.size == 1:
+            return own
+        every = own.new_empty(self.processes.size * len(own))
+        dist.all_gather_single(every, own)
+        return every
+
+    def check_replicas(self, step: int) -> None:
+        """Raise DivergedError if processes that should hold the same parameters do not. Reads the
+        device."""
+        group = self.replicas
+        if group is None or group.size() == 1:
+            return
+        names = [name for name, _ in self.model.named_parameters()]
+        own = torch.stack([fingerprint(p) for p in self.model.parameters()])
+        every = own.new_empty(group.size() * len(own))
+        dist.all_gather_single(every, own, group=group)
+        every = every.view(group.size(), -1)
+        different = (every != every[0]).cpu()
+        if different.any():
+            first = int(different.any(0).int().argmax())
+            ranks = [dist.get_global_rank(group, int(r)) for r in different[:, first].nonzero()]
+            count, other = int(different.any(0).sum()), dist.get_global_rank(group, 0)
+            raise DivergedError(
+                f"parameter {names[first]} differs on ranks {ranks} from rank {other} at step "
+                f"{step} (and {count} of {len(names)} parameters in all): the processes have "
+                f"drifted apart, and what they train from here on is no longer one model"
+            )
+
+
+class DivergedError(RuntimeError):
+    """Processes hold different values of what should be one parameter."""
+
+
+def parallelize(
+    model: nn.Module,
+    config: ParallelConfig,
+    processes: Processes,
+    device: torch.device,
+    compile: bool = False,
+) -> Parallel:
+    """Spread a whole, initialized model. Raises ConfigError where strategy and processes do not
+    fit; without torchrun every strategy is one unwrapped process."""
+    check_fit(config, processes)
+    blocks = find_blocks(model)
+    if config.activation_checkpointing:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # names stay
+    wrap = WRAPPERS[config.strategy] if processes.control is not None else alone
+    return wrap(model, blocks, config, processes, device, compile)
+
+
+def check_fit(config: ParallelConfig, processes: Processes) -> None:
+    size = processes.size
+    if config.strategy == "none" and size > 1:
+        raise ConfigError(
+            f"parallel=none, but torchrun started {size} processes, which would all train the "
+            f"same: use parallel=ddp or parallel=fsdp"
+        )
+    if config.strategy == "hsdp" and size % (config.shards or local_size()):
+        raise ConfigError(
+            f"parallel.shards={config.shards or local_size()} does not divide {size} processes"
+        )
+    if config.deterministic_reduce:
+        if config.strategy not in ("none", "ddp"):
+            raise ConfigError("parallel.deterministic_reduce needs whole gradients: parallel=ddp")
+        if config.divide == "all":
+            raise ConfigError(
+                "parallel.deterministic_reduce needs parallel.divide=matrix or none: whole tensors "
+                "are updated in the same order everywhere, rows of them are not"
+            )
+        if size & (size - 1):
+            raise ConfigError(f"parallel.deterministic_reduce: {size} is not a power of two")
+
+
+def local_size() -> int:
+    """Processes on this machine."""
+    import os
+
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+Wrap = Callable[
+    [nn.Module, list[nn.Module], ParallelConfig, Processes, torch.device, bool], Parallel
+]
+
+
+def alone(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    config: ParallelConfig,
+    processes: Processes,
+    device: torch.device,
+    compile: bool,
+) -> Parallel:
+    if compile:
+        model.compile(dynamic=False)
+    tree = (
+        TreeReduction(list(model.parameters()), processes) if config.deterministic_reduce else None
+    )
+    return Parallel(model, model, processes, tree=tree)
+
+
+def ddp(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    config: ParallelConfig,
+    processes: Processes,
+    device: torch.device,
+    compile: bool,
+) -> Parallel:
+    if config.deterministic_reduce:  # which replaces what the wrapper would do
+        return alone(model, blocks, config, processes, device, compile)
+    if compile:
+        model.compile(dynamic=False)
+    wrapped = nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=config.gradient_as_bucket_view,
+        static_graph=config.static_graph,
+        bucket_cap_mb=config.bucket_mb,
+    )
+    return Parallel(model, wrapped, processes)
+
+
+def fsdp(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    config: ParallelConfig,
+    processes: Processes,
+    device: torch.device,
+    compile: bool,
+) -> Parallel:
+    mesh = init_device_mesh(device.type, (processes.size,), mesh_dim_names=("shard",))
+    return _shard(model, blocks, config, processes, mesh, compile)
+
+
+def hsdp(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    config: ParallelConfig,
+    processes: Processes,
+    device: torch.device,
+    compile: bool,
+) -> Parallel:
+    shards = config.shards or local_size()
+    shape = (processes.size // shards, shards)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard"))
+    return _shard(model, blocks, config, processes, mesh, compile)
+
+
+WRAPPERS: dict[str, Wrap] = {"none": alone, "ddp": ddp, "fsdp": fsdp, "hsdp": hsdp}
+
+
+def _shard(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    config: ParallelConfig,
+    processes: Processes,
+    mesh: DeviceMesh,
+    compile: bool,
+) -> Parallel:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    precision = MixedPrecisionPolicy(
+        param_dtype=DTYPES[config.param_dtype], reduce_dtype=DTYPES[config.reduce_dtype]
+    )
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
+    options["reshard_after_forward"] = config.reshard_after_forward
+    for block in blocks:
+        if compile:
+            block.compile(dynamic=False)
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    for i, block in enumerate(blocks if config.prefetch else []):
+        ahead, behind = (
+            blocks[i + 1 : i + 1 + config.prefetch],
+            blocks[max(0, i - config.prefetch) : i],
+        )
+        block.set_modules_to_forward_prefetch(ahead)  # type: ignore[operator]
+        block.set_modules_to_backward_prefetch(behind[::-1])  # type: ignore[operator]
+    return Parallel(model, model, processes, mesh)
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model: the members of its longest nn.ModuleList."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+@torch.no_grad()
+def fingerprint(x: Tensor) -> Tensor:
+    """A 64-bit number made of every bit of a tensor (of a DTensor: of what this process holds), on
+    its device. Row and column sums of the bits, weighted by position: no large temporary."""
+    x = x.to_local() if hasattr(x, "to_local") else x
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits = x.detach().contiguous().view(integer).reshape(len(x) if x.ndim else 1, -1)
+    sums = (bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64))
+    odd = [2 * torch.arange(len(s), device=x.device) + 1 for s in sums]
+    return (sums[0] * odd[0]).sum() + (sums[1] * odd[1]).sum() * 0x9E3779B1
+
+
+class TreeReduction:
+    """Gradients of the micro-batches of a global batch, summed in one fixed order.
+
+    Floating-point sums depend on their order. Here micro-batches are the leaves of a binary tree,
+    ((1 + 2) + (3 + 4)) + ...: what one process has is a subtree, and the processes' subtrees are
+    added in the same pattern. So 1, 2, 4, ... processes give the same bits at the same micro-batch,
+    for as many bytes as an all-reduce. Numbers of processes and of micro-batches are powers of two.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], processes: Processes) -> None:
+        self.parameters, self.size = parameters, processes.size
+        self.levels: list[Tensor | None] = []  # level k: the sum of 2^k micro-batches, or None
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Take the gradients of a micro-batch out of ``.grad``."""
+        sum_ = torch.cat([g.reshape(-1) for g in self._gradients()])
+        for p in self.parameters:
+            p.grad = None
+        for k, level in enumerate(self.levels):
+            if level is None:
+                self.levels[k] = sum_
+                return
+            sum_ = level.add_(sum_)
+            self.levels[k] = None
+        self.levels.append(sum_)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Sum over all processes and put the result, their mean, into ``.grad``."""
+        *rest, flat = self.levels
+        if flat is None or any(level is not None for level in rest):
+            raise ConfigError(
+                "parallel.deterministic_reduce needs a power of two of micro-batches per process: "
+                "change train.micro_batch"
+            )
+        self.levels = []
+        if self.size > 1:
+            flat = self._across(flat)
+        for p, grad in zip(
+            self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True
+        ):
+            p.grad = grad.view(p.shape)
+
+    def _across(self, flat: Tensor) -> Tensor:
+        n = len(flat)
+        chunk = -(-n // self.size)
+        sent = nn.functional.pad(flat, (0, chunk * self.size - n))
+        came = torch.empty_like(sent)
+        dist.all_to_all_single(came, sent)
+        parts = list(came.split(chunk))
+        while len(parts) > 1:
+            parts = [left + right for left, right in zip(parts[::2], parts[1::2], strict=True)]
+        dist.all_gather_single(sent, parts[0] / self.size)
+        return sent[:n]
+
+    def _gradients(self) -> Iterable[Tensor]:
+        for p in self.parameters:
+            yield torch.zeros_like(p) if p.grad is None else p.grad

@@ -1,0 +1,83 @@
+"""A job of several processes in which something goes wrong on rank 1 (for test_processes.py).
+
+torchrun ... job.py WHAT FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from runtime.config import ConfigError
+from runtime.guard import Guard
+from runtime.processes import Apart, DecidedElsewhere, join, rank_in_environment
+
+TIMEOUT = 5.0
+
+
+def fail() -> None:
+    raise ZeroDivisionError("the true reason")
+
+
+def mistake() -> None:
+    raise ConfigError("a mistake that all processes find")
+
+
+def hang() -> None:
+    time.sleep(600)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_once() -> None:
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        die()
+
+
+def nothing() -> None:
+    pass
+
+
+WHAT: dict[str, Callable[[], None]] = {
+    f.__name__: f for f in (fail, mistake, hang, die, die_once, nothing)
+}
+
+
+def main(what: str, folder: Path) -> None:
+    apart = Apart(rank_in_environment())
+    all_ = join(TIMEOUT)
+    print(f"hello from {all_.rank} of {all_.size}", flush=True)
+    if what == "undecided":
+        all_.decide(mistake)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    run = Path(
+        all_.decide(lambda: str(folder / f"run_{os.getpid() if attempt == '0' else 'again'}"))
+    )
+    apart.keep(run / "logs")
+    guard = Guard(all_.rank, all_.size, run / "errors", TIMEOUT, apart.terminal, (ConfigError,))
+    with guard:
+        for step in range(6):
+            guard.beat(step, "work")
+            if step == 3 and (all_.rank == 1 or what == "mistake"):
+                WHAT[what]()
+            assert all_.gather(step) == [step] * all_.size
+    all_.barrier()
+    if all_.first:
+        print(f"finished in {run.name}", flush=True)
+    all_.leave()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], Path(sys.argv[2]))
+    except (ConfigError, DecidedElsewhere) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

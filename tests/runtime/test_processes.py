@@ -1,0 +1,153 @@
+"""Processes agree, and end together with the reason on top."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from workers import run
+
+from runtime.guard import Guard, is_consequence
+from runtime.processes import DecidedElsewhere, Processes, join
+
+JOB = Path(__file__).with_name("job.py")
+
+
+def torchrun(what: str, folder: Path, *options: str, size: int = 2) -> tuple[int, str, float]:
+    """Exit code, what was printed on the terminal, seconds."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={size}", *options, str(JOB), what, str(folder)]
+    began = time.monotonic()
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=90,
+    )
+    return done.returncode, done.stdout, time.monotonic() - began
+
+
+# ---- one process ---------------------------------------------------------------------------------
+
+
+def test_one_process_initializes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    all_ = join()
+    assert (all_.rank, all_.size, all_.control) == (0, 1, None)
+    assert not dist.is_initialized()
+    assert all_.decide(lambda: 3) == 3
+    assert all_.gather("x") == ["x"]
+    assert all_.any(True) and not all_.any(False)
+    all_.barrier()
+    all_.leave()
+
+
+def test_one_process_raises_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), Guard(0, 1, tmp_path / "errors", 1.0):
+        raise KeyError("x")
+    assert not (tmp_path / "errors").exists()
+
+
+# ---- many ----------------------------------------------------------------------------------------
+
+
+def decide_things(folder: str) -> tuple[int, str, list[int], bool]:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = dist.FileStore(f"{folder}/store", size)
+    all_ = Processes(rank, size, rank, 30.0, dist.group.WORLD, store)
+    first = all_.decide(lambda: rank + 10)
+
+    def refuse() -> None:
+        raise ValueError("no")
+
+    try:
+        all_.decide(refuse)
+        said = ""
+    except (ValueError, DecidedElsewhere) as error:
+        said = f"{type(error).__name__}: {error}"
+    return first, said, all_.gather(rank), all_.any(rank == size - 1)
+
+
+def test_rank_0_decides(tmp_path: Path) -> None:
+    results = run(4, decide_things, str(tmp_path))
+    assert [r[0] for r in results] == [10] * 4
+    assert results[0][1] == "ValueError: no"
+    assert {r[1] for r in results[1:]} == {"DecidedElsewhere: rank 0: ValueError: no"}
+    assert [r[2] for r in results] == [[0, 1, 2, 3]] * 4
+    assert all(r[3] for r in results)
+
+
+def test_consequences_are_told_from_reasons() -> None:
+    assert is_consequence(RuntimeError("[gloo/...] Connection closed by peer [127.0.0.1]:1234"))
+    assert is_consequence(RuntimeError("Timed out waiting 5000ms for recv operation to complete"))
+    assert is_consequence(RuntimeError("Ranks 2 failed to pass monitoredBarrier in 3000 ms"))
+    assert not is_consequence(RuntimeError("CUDA out of memory"))
+    assert not is_consequence(ValueError("connection"))
+
+
+# ---- under torchrun ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_other_ranks_print_into_their_logs(tmp_path: Path) -> None:
+    code, out, _ = torchrun("nothing", tmp_path)
+    assert code == 0, out
+    assert "hello from 0 of 2" in out and "hello from 1" not in out
+    (folder,) = tmp_path.glob("run_*")  # one run for all
+    assert (folder / "logs/rank_1.log").read_text() == "hello from 1 of 2\n"
+
+
+@pytest.mark.slow
+def test_the_failing_rank_is_on_top(tmp_path: Path) -> None:
+    code, out, _ = torchrun("fail", tmp_path)
+    assert code == 1
+    assert out.count("ZeroDivisionError: the true reason\n") >= 1
+    assert out.index("rank 1 on") < out.index("torch.distributed")
+    before_summary = out[: out.index("ChildFailedError")]
+    assert before_summary.count("Traceback") <= 2  # the failing rank's, and torchrun's own
+    (report,) = tmp_path.glob("run_*/errors/rank_1.json")
+    assert json.loads(report.read_text())["step"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["mistake", "undecided"])
+def test_a_mistake_is_told_once(tmp_path: Path, what: str) -> None:
+    code, out, _ = torchrun(what, tmp_path)
+    assert code == 1
+    assert out.count("error: a mistake that all processes find") == 1
+    assert "Traceback" not in out[: out.index("ChildFailedError")].replace(
+        'Traceback (most recent call last):\n  File "<frozen runpy>"', ""
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all(tmp_path: Path) -> None:
+    code, out, _ = torchrun("die", tmp_path)
+    assert code == 1
+    assert "exitcode  : -9" in out
+
+
+@pytest.mark.slow
+def test_a_hang_says_where_every_rank_was(tmp_path: Path) -> None:
+    code, out, seconds = torchrun("hang", tmp_path)
+    assert code == 1
+    assert seconds < 30
+    assert "no progress for 5 s" in out
+    assert "in hang" in out  # the function of the stack that hangs
+    reports = [json.loads(p.read_text()) for p in tmp_path.glob("run_*/errors/*.json")]
+    assert {r["kind"] for r in reports if r["rank"] == 1} == {"hang"}
+
+
+@pytest.mark.slow
+def test_a_restart_connects_at_once(tmp_path: Path) -> None:
+    code, out, _ = torchrun("die_once", tmp_path, "--max-restarts=1")
+    assert code == 0, out
+    assert "finished in run_again" in out
