@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from data.corpus import open_corpus
 from data.tokenizer import Tokenizer
+from eval.hellaswag import DuringTraining
 from eval.loss import Validation
 from eval.sample import sample_text
 from model import GPT2, MODELS
@@ -99,6 +100,7 @@ def train(config: Config, run: Run) -> dict[str, Any]:
     loader = corpus.loader(order, pin_memory=device.device.type == "cuda")
     rows = config.train.micro_batch or config.train.global_batch
     validation = Validation(corpus.val, shape.context, config.train.eval_tokens, rows)
+    hellaswag = DuringTraining(config.eval.hellaswag, config.train, corpus.tokenizer)
     lr_schedule, every = schedule(config), config.train
     compiled = cast(nn.Module, torch.compile(model, dynamic=False)) if every.compile else model
     kind, dropout = device.device.type, shape.dropout
@@ -118,7 +120,8 @@ def train(config: Config, run: Run) -> dict[str, Any]:
             if fresh and evaluate:
                 with optimizer.evaluation_weights(), record.untimed():
                     val_loss = validation.loss(forward, device)
-                record.settle(step, val_loss)
+                    downstream = hellaswag.metrics(step, model, device)
+                record.settle(step, val_loss, downstream)
                 with optimizer.evaluation_weights(), record.untimed():
                     illustrate(config, record, model, corpus.tokenizer)
             elif last or keep:

@@ -69,6 +69,18 @@ class ParallelConfig:
 
 
 @dataclass
+class HellaSwagConfig:
+    every: int  # evaluations of the loss between two of HellaSwag; 0: never
+    limit: int | None  # the first so many examples; None: all
+    data_file: str | None  # its validation rows, .jsonl(.gz|.xz); None: the hub's
+
+
+@dataclass
+class EvalConfig:
+    hellaswag: HellaSwagConfig
+
+
+@dataclass
 class LoggingConfig:
     every: int  # steps between lines of metrics.jsonl
     wandb: str  # online | offline | disabled
@@ -101,6 +113,7 @@ class Config:
     data: DataConfig
     schedule: ScheduleConfig
     train: TrainConfig
+    eval: EvalConfig
     parallel: ParallelConfig
     logging: LoggingConfig
     paths: PathsConfig
@@ -122,10 +135,11 @@ POSITIVE = [
     *("train.threads", "train.eval_tokens", "train.keep_checkpoints", "train.sum_factor"),
     *("logging.every",),
     *("data.shard_tokens", "data.prefetch", "data.processes", "data.threads"),
-    *("schedule.decay_steps",),
+    *("schedule.decay_steps", "eval.hellaswag.limit"),
 ]
 NOT_NEGATIVE = [
     *("train.eval_every", "train.checkpoint_every", "train.sample_tokens", "logging.diagnostics"),
+    *("eval.hellaswag.every",),
     *("schedule.warmup_steps", "schedule.warmup_fraction"),
 ]
 
@@ -269,7 +283,7 @@ def schedule(config: Config) -> Schedule:
 # Keys that may differ between a run and its continuation: they do not shape the trajectory, or only
 # its rounding (micro_batch, threads, compile).
 FREE = (
-    *("run", "paths", "logging", "parallel", "data.dir", "data.cache", "data.prefetch"),
+    *("run", "paths", "logging", "parallel", "eval", "data.dir", "data.cache", "data.prefetch"),
     *("data.worker", "data.processes", "data.threads", "data.check"),
     *("train.micro_batch", "train.threads", "train.compile", "train.device", "train.resume"),
     *("train.checkpoint_every", "train.keep_checkpoints"),

@@ -136,9 +136,15 @@ class Record:
         self._pending = figures
         self._measured = self._diagnostics.take() if self._diagnostics is not None else {}
 
-    def settle(self, step: int, val_loss: float | None = None) -> None:
+    def settle(
+        self,
+        step: int,
+        val_loss: float | None = None,
+        downstream: Mapping[str, float] | None = None,
+    ) -> None:
         """Read the figures that are expected, check them, and write the line of ``step`` if one is
-        due or there is a validation loss. Raises NonFiniteError, naming the step."""
+        due or there is a validation loss, with the results of ``downstream`` tasks. Raises
+        NonFiniteError, naming the step."""
         figures, self._pending = self._pending, None
         values = {} if figures is None else self._read(figures)
         shown = {"loss": values["train/loss"], "lr": figures.lr} if figures else {}
@@ -151,12 +157,14 @@ class Record:
         if val_loss is not None:
             if not math.isfinite(val_loss):
                 raise NonFiniteError(f"the validation loss is {val_loss} at step {step}")
-            values["val/loss"] = val_loss
+            values |= {"val/loss": val_loss, **(downstream or {})}
             self._best = min(val_loss, self._best if self._best is not None else math.inf)
             text = f"step {step}  validation loss {val_loss:.4f}"
             if (bits := self.bits_per_byte(val_loss)) is not None:
                 values["val/bits_per_byte"] = bits
                 text += f"  {bits:.4f} bits per byte"
+            for name, value in (downstream or {}).items():
+                text += f"  {name.removeprefix('eval/')} {value:.4f}"
             self.say(text)
         if due or measured or val_loss is not None:
             self.metrics.log(step, step * self.tokens_per_step, self.elapsed, values)

@@ -1,19 +1,33 @@
-"""The validation loss is the mean over tokens, whatever the batch."""
+"""The validation loss is the mean over tokens, whatever the batch and the number of processes."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from system import Command, here
 from torch.nn import functional as F
 
 from data import DataConfig
+from data.documents import document_numbers
 from data.prepare import prepare
 from data.shards import Split, open_split
-from eval.loss import Validation
+from eval.checkpoint import open_device
+from eval.loss import Options, Validation, run
+from eval.options import run_with_options
 from model import GPT2, GPT2Config
-from runtime.device import Device
+from runtime.processes import Processes
 
 CONTEXT = 16
+ROOT = Path(__file__).resolve().parents[2]
+CPU = open_device("cpu", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +44,6 @@ def model() -> GPT2:
     return GPT2(
         GPT2Config(n_layer=1, n_head=2, n_embd=16, context=CONTEXT, vocab_size=257, dropout=0.5)
     )
-
-
-CPU = Device(torch.device("cpu"), "fp32", torch.amp.GradScaler("cpu", enabled=False))
 
 
 def test_equals_one_pass_over_all_windows(split: Split, model: GPT2) -> None:
@@ -61,3 +72,91 @@ def test_every_target_counts_once(split: Split) -> None:
     validation = Validation(split, CONTEXT, None, rows=4)
     assert validation.tokens == (len(split) - 1) // CONTEXT * CONTEXT
     assert Validation(split, CONTEXT, 5 * CONTEXT, rows=4).tokens == 5 * CONTEXT
+
+
+class Alone(Processes):
+    """One of many processes, by itself: it keeps what it would send."""
+
+    def gather(self, value: Any) -> list[Any]:
+        self.sent = value
+        return [value]
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 50])
+def test_shares_of_many_processes_are_the_whole(split: Split, model: GPT2, size: int) -> None:
+    """Each makes as many passes as any other, and their sums add up to the last bit."""
+    validation = Validation(split, CONTEXT, None, rows=4)
+    expected = validation.loss(model, CPU)
+    sent = []
+    for rank in range(size):
+        alone = Alone(rank, size)
+        validation.loss(model, CPU, alone)
+        sent.append(alone.sent)
+    assert len({len(values) for values in sent}) == 1
+    assert math.fsum(value for values in sent for value in values) / validation.tokens == expected
+
+
+def test_masked_documents_are_masked_here_too(split: Split, model: GPT2) -> None:
+    def documents(tokens: torch.Tensor) -> torch.Tensor:
+        return document_numbers(tokens, ord("\n"))
+
+    masked = Validation(split, CONTEXT, None, rows=4, documents=documents)
+    inputs = torch.stack(
+        [torch.from_numpy(split.read(int(o), CONTEXT + 1)) for o in masked.offsets]
+    )
+    model.eval()
+    with torch.no_grad():
+        expected = model(inputs[:, :-1], inputs[:, 1:], documents=documents(inputs[:, :-1]))
+    model.train()
+    assert masked.loss(model, CPU) == pytest.approx(expected.item(), rel=1e-6)
+    assert masked.loss(model, CPU) != Validation(split, CONTEXT, None, rows=4).loss(model, CPU)
+
+
+# ---- the command
+
+
+@pytest.fixture
+def trained(tiny: Command) -> tuple[Path, float]:
+    """A finished run that evaluated its whole validation split, and its loss."""
+    outcome = here(*tiny, "train.eval_tokens=null")
+    return outcome.dir, outcome.result["val_loss"]
+
+
+def test_of_a_run_is_what_the_run_said(
+    trained: tuple[Path, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, loss = trained
+    words = [f"checkpoint={run_dir}", "device=cpu", "rows=3"]
+    assert run_with_options(Options, run, None, words) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["loss"] == pytest.approx(loss, rel=1e-6)
+    assert printed["perplexity"] == pytest.approx(math.exp(printed["loss"]))
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert printed["bits_per_byte"] == pytest.approx(summary["val_bits_per_byte"], rel=1e-6)
+    [line] = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
+    assert (line["step"], line["tokens"]) == (summary["step"], summary["tokens"])
+    assert line["eval/val_loss"] == printed["loss"]
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_gives_the_same(trained: tuple[Path, float]) -> None:
+    printed = set()
+    for processes in (1, 2):
+        launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        words = ["-m", "eval.loss", f"checkpoint={trained[0]}", "device=cpu", "rows=2"]
+        done = subprocess.run(
+            [sys.executable, *launch, *words],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        printed.add(done.stdout.splitlines()[-1])
+    assert len(printed) == 1
+
+
+def test_what_has_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"checkpoint={tmp_path}/nowhere"]
+    assert run_with_options(Options, run, None, words) == 1
+    assert "nowhere does not exist: expected" in capsys.readouterr().err
