@@ -1,11 +1,21 @@
-"""Cutting a large matrix into blocks that a preconditioner of their size fits."""
+"""A parameter as several matrices: one too large cut into blocks, or several stacked in its rows.
+
+Fused matrices, such as GPT-2's c_attn (query, key, value: ``fused: 3``), are updated each on its
+own by a rule that has the field ``fused`` and the two decorators below. Their states lie stacked in
+rows as they do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import product
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from optim.rule import State, check_positive
 
 
 def blocks(shape: Sequence[int], size: int) -> list[tuple[slice, ...]]:
@@ -18,3 +28,40 @@ def blocks(shape: Sequence[int], size: int) -> list[tuple[slice, ...]]:
 def as_matrices(stack: Tensor) -> Tensor:
     """A stack of vectors (n, d) as one of matrices with a single column; of matrices, itself."""
     return stack.unsqueeze(-1) if stack.ndim == 2 else stack
+
+
+def state_of_fused(init_state: Callable[[Any, Tensor], State]) -> Callable[[Any, Tensor], State]:
+    """Decorator of `Rule.init_state`, which sees one of the fused matrices; what it returns has at
+    least one dimension. ValueError where the rows are not that many matrices."""
+
+    @wraps(init_state)
+    def of_all(rule: Any, param: Tensor) -> State:
+        check_positive("fused", rule.fused)
+        if rule.fused == 1 or param.ndim == 1:
+            return init_state(rule, param)
+        if len(param) % rule.fused:
+            raise ValueError(f"{len(param)} rows are not {rule.fused} fused matrices")
+        state = init_state(rule, param[: len(param) // rule.fused])
+        return {key: torch.cat([tensor] * rule.fused) for key, tensor in state.items()}
+
+    return of_all
+
+
+def each_fused(direction: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorator of `Rule.direction` and its like, which then sees (n * fused, rows, columns) where
+    parameters are (n, fused * rows, columns), and the state likewise."""
+
+    @wraps(direction)
+    def of_each(rule: Any, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
+        if rule.fused == 1 or grad.ndim == 2:
+            return direction(rule, grad, state, param, step)
+        grads, params = (_apart(x, rule.fused) for x in (grad, param))
+        states = {key: _apart(tensor, rule.fused) for key, tensor in state.items()}
+        return direction(rule, grads, states, params, step).reshape(grad.shape)
+
+    return of_each
+
+
+def _apart(stack: Tensor, fused: int) -> Tensor:
+    """(n, fused * rows, ...) as (n * fused, rows, ...), the same memory: updates are in place."""
+    return stack.view(len(stack) * fused, stack.shape[1] // fused, *stack.shape[2:])

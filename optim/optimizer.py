@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,8 +25,13 @@ from torch import Tensor
 from optim.correction import CORRECTIONS, Correction
 from optim.mask import MASKS, Mask
 from optim.roles import role_of
-from optim.rule import Direction, Rule, State, count
+from optim.rule import Rule, State, count
 from optim.rules import build_rule
+from optim.update import How, Update, is_entrywise, is_vector, update_joined, update_parameters
+
+# parameters of one shape in a compiled call, at most: few, for the time that compilation takes and
+# for the cache of a CPU; on a GPU calls must be fewer than kernels are slow (not measured)
+PER_GRAPH = {"cpu": 2, "cuda": 12}
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -37,7 +41,7 @@ class Optimizer(torch.optim.Optimizer):
     ``hyper`` (the rule's hyper-parameters), ``correction``, ``mars``, ``mask``, ``lr``,
     ``lr_scale``, ``weight_decay``; `optim.create_optimizer` makes them from an optimizer's name.
 
-    ``compile`` runs the update through ``torch.compile``: one graph per distinct shape, compiled
+    ``compile`` runs the update through torch's compiler: one graph per distinct shape, compiled
     once whatever the depth of the model. ``maximize`` climbs instead of descending.
     """
 
@@ -47,7 +51,7 @@ class Optimizer(torch.optim.Optimizer):
         own = [dict(group) for group in groups]
         # torch calls add_param_group from its constructor: what that needs must exist before
         self._compile = compile
-        self._updates: dict[Any, Callable[..., None]] = {}
+        self._compiled: dict[Any, Update] = {}
         self._lr: dict[str, Tensor] = {}
         defaults = {k: v for k, v in own[0].items() if k not in ("params", "name")}
         super().__init__(own, {**defaults, "maximize": maximize})
@@ -157,13 +161,13 @@ class Optimizer(torch.optim.Optimizer):
             lr = self._lr_tensor(group)
             if self._by_kernel(group, rule, lr):
                 continue
-            for params in self._stacks(rule, group["params"]):
+            for params, joined in self._calls(group):
                 states = [self.state[p] for p in params]
                 grads = [_signed(p.grad, group) for p in params if p.grad is not None]
                 torch._foreach_add_([state["step"] for state in states], 1.0)
                 direction = rule.direction_at(count(states[0]))
-                update = self._update(rule, correction, mask, direction, params)
-                update(params, grads, states, lr=lr, weight_decay=group["weight_decay"])
+                how = (rule, correction, mask, direction, group["weight_decay"])
+                self._update(how, params, grads, states, lr, joined)
                 if rule.joint:
                     to_join[rule] = None
         for rule in to_join:
@@ -183,16 +187,27 @@ class Optimizer(torch.optim.Optimizer):
         rule.kernel(params, grads, states, float(lr), group["weight_decay"])
         return True
 
-    def _stacks(self, rule: Rule, params: list[Tensor]) -> list[list[Tensor]]:
-        """Parameters that are updated in one call: all matrices of one shape on a GPU, where one
-        batched product beats many small ones; else one by one, which the caches of a CPU prefer."""
-        params = [p for p in params if p.grad is not None]
-        if rule.granularity != "matrix" or not params or not params[0].is_cuda:
-            return [[p] for p in params]
-        stacks: dict[Any, list[Tensor]] = {}
-        for p in params:
-            stacks.setdefault((p.shape, p.dtype, count(self.state[p])), []).append(p)
-        return list(stacks.values())
+    def _calls(self, group: Mapping[str, Any]) -> Iterator[tuple[list[Tensor], bool]]:
+        """Parameters to update in one call, and whether joined into one vector. The others of a
+        call have one shape: all matrices for a matrix rule on a GPU; what is compiled in equal
+        parts, which share one graph, small whatever the depth of the model; else one by one."""
+        rule, correction, mask = self._parts(group)
+        entrywise = is_entrywise(rule, correction, mask)
+        sets: dict[Any, list[Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                state = self.state[p]
+                joined = entrywise and is_vector(p, state)
+                key = (joined, None if joined else p.shape, p.dtype, p.device, count(state))
+                sets.setdefault(key, []).append(p)
+        for (joined, *_), params in sets.items():
+            size = 1
+            if joined or (rule.granularity == "matrix" and params[0].is_cuda):
+                size = len(params)
+            elif self._compile and rule.granularity != "matrix":
+                size = _equal_part(len(params), PER_GRAPH.get(params[0].device.type, 1))
+            for i in range(0, len(params), size):
+                yield params[i : i + size], joined
 
     def _parts(self, group: Mapping[str, Any]) -> tuple[Rule, Correction, Mask]:
         correction = CORRECTIONS[group["correction"]]
@@ -211,23 +226,24 @@ class Optimizer(torch.optim.Optimizer):
 
     def _update(
         self,
-        rule: Rule,
-        correction: Correction,
-        mask: Mask,
-        direction: Direction,
+        how: How,
         params: list[Tensor],
-    ) -> Callable[..., None]:
-        update = partial(update_parameters, rule, correction, mask, direction)
-        if not self._compile or direction != rule.direction:
-            return update
-        key = (rule, correction, mask, params[0].shape, params[0].dtype, len(params))
-        if key not in self._updates:
-            # a code object of its own: dynamo allows 8 variants of one, GPT-2 has 9 shapes
-            own = FunctionType(update_parameters.__code__.replace(), update_parameters.__globals__)
-            own.__kwdefaults__ = update_parameters.__kwdefaults__
-            compiled = torch.compile(own, dynamic=False, fullgraph=True)
-            self._updates[key] = partial(compiled, rule, correction, mask, direction)
-        return self._updates[key]
+        grads: list[Tensor],
+        states: list[State],
+        lr: Tensor,
+        joined: bool,
+    ) -> None:
+        rule, correction, mask, direction, weight_decay = how
+        update = partial(update_joined if joined else update_parameters, *how)
+        if self._compile and not joined and direction == rule.direction:
+            alike = [(t.shape, t.stride(), t.dtype, t.device) for t in (*params, *grads, lr)]
+            key = (rule, correction, mask, weight_decay, *alike)
+            if key not in self._compiled:
+                from optim.compilation import compiled  # imports inductor: seconds
+
+                self._compiled[key] = compiled(update, params, grads, states, lr)
+            update = self._compiled[key]
+        update(params, grads, states, lr)
 
     # ---- state ----------------------------------------------------------------------------------
 
@@ -284,57 +300,9 @@ class Optimizer(torch.optim.Optimizer):
         ]
 
 
-def update_parameters(
-    rule: Rule,
-    correction: Correction,
-    mask: Mask,
-    direction: Direction,
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[State],
-    *,
-    lr: Tensor,
-    weight_decay: float,
-) -> None:
-    """One update of parameters of one shape; a pure function of tensors, eager or compiled."""
-    step = states[0]["step"]
-    grads = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
-    corrected = [
-        rule.regularize(correction(g, s, rule), p, weight_decay)
-        for g, s, p in zip(grads, states, params, strict=True)
-    ]
-    if rule.granularity == "matrix":
-        keys = [key for key in states[0] if key != "step" and key not in correction.keys]
-        directions = _stacked_direction(direction, corrected, states, keys, params, step)
-    else:
-        directions = [
-            direction(c, s, p, step) for c, s, p in zip(corrected, states, params, strict=True)
-        ]
-    for p, g, s, u in zip(params, grads, states, directions, strict=True):
-        rule.apply(p, mask(u, g), s, lr, weight_decay, step)
-        correction.remember(g, s)
-
-
-def _stacked_direction(
-    direction: Direction,
-    grads: list[Tensor],
-    states: list[State],
-    keys: list[str],
-    params: list[Tensor],
-    step: Tensor,
-) -> list[Tensor]:
-    """Directions of matrices of one shape, all in one call on stacks (n, rows, cols)."""
-    stacked = {key: _stack([state[key] for state in states]) for key in keys}
-    u = direction(_stack(grads), stacked, _stack(params), step)
-    for key, stack in stacked.items():
-        for state, tensor in zip(states, stack.unbind(), strict=True):
-            state[key].copy_(tensor)  # nothing to do where the stack is a view
-    return list(u.unbind())
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """Tensors of one shape as one, with a leading axis; a single one is not copied."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+def _equal_part(n: int, most: int) -> int:
+    """Size of the fewest equal parts of n that have at most ``most`` members."""
+    return max(size for size in range(1, most + 1) if n % size == 0)
 
 
 def _signed(grad: Tensor, group: Mapping[str, Any]) -> Tensor:

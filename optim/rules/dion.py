@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from optim.blocks import each_fused, state_of_fused
 from optim.norms import norm_along
 from optim.rule import Granularity, Rule, State, check_beta, check_positive, zeros
 
@@ -31,18 +32,21 @@ class Dion(Rule):
     momentum: float = 0.95
     rank: int = 768
     eps: float = 1e-8
+    fused: int = 1  # matrices stacked in rows (optim/blocks.py)
 
     def validate(self) -> None:
         check_beta("momentum", self.momentum)
         check_positive("rank", self.rank)
         check_positive("eps", self.eps)
 
+    @state_of_fused
     def init_state(self, param: Tensor) -> State:
         buffer = zeros(param)
         shape = (param.shape[1], min(self.rank, *param.shape))
         q = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         return {"momentum": buffer, "q": q.to(buffer)}
 
+    @each_fused
     def direction(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
         m, q = state["momentum"].add_(grad), state["q"]
         p = torch.linalg.qr(m @ q).Q

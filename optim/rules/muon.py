@@ -13,8 +13,8 @@
 Muon is for hidden matrices; embeddings, head, gains and biases take another rule. Older codes sum
 the momentum instead of averaging it, which a scale-invariant NS does not notice. Unlike
 KellerJordan/Muon this leaves ``p.grad`` alone, skips a parameter without a gradient, and multiplies
-the scale in float32 rather than in bfloat16. ``fused`` splits a matrix that is several stacked
-along its rows, such as GPT-2's c_attn (3: query, key, value), and orthogonalizes each on its own.
+the scale in float32 rather than in bfloat16. ``fused`` is the number of matrices stacked in one
+parameter's rows, such as GPT-2's c_attn (3: query, key, value): each is orthogonalized on its own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from optim.blocks import each_fused, state_of_fused
 from optim.orthogonalize import COEFFICIENTS, DTYPES, ORDERS, newton_schulz
 from optim.rule import (
     Granularity,
@@ -62,24 +63,24 @@ class Muon(Rule):
         check_choice("ns_coefficients", self.ns_coefficients, COEFFICIENTS)
         check_choice("ns_dtype", self.ns_dtype, DTYPES)
         check_choice("ns_order", self.ns_order, ORDERS)
-        for name in ("fused", "ns_steps", "eps"):
+        for name in ("ns_steps", "eps"):
             check_positive(name, getattr(self, name))
 
+    @state_of_fused
     def init_state(self, param: Tensor) -> State:
-        if param.shape[-2] % self.fused:
-            raise ValueError(f"{param.shape[-2]} rows are not {self.fused} fused matrices")
         return {"momentum": zeros(param)}
 
+    @each_fused
     def direction(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
         return self.scaled(self.orthogonal_momentum(grad, state))
 
     def orthogonal_momentum(self, grad: Tensor, state: State) -> Tensor:
-        """Stack of matrices (n, fused, rows, cols) with all singular values about 1."""
+        """Stack of matrices (n, rows, cols) with all singular values about 1."""
         m = ema_(state["momentum"], grad, self.momentum)
         if self.nesterov:
             m = grad + (m - grad) * self.momentum
         return newton_schulz(
-            m.unflatten(-2, (self.fused, -1)),
+            m,
             coefficients=self.ns_coefficients,
             steps=self.ns_steps,
             dtype=self.ns_dtype,
@@ -88,8 +89,7 @@ class Muon(Rule):
         )
 
     def scaled(self, o: Tensor) -> Tensor:
-        """(n, fused, rows, cols) -> the update, (n, fused * rows, cols)."""
-        return (o * SCALES[self.scale](*o.shape[-2:])).flatten(-3, -2)
+        return o * SCALES[self.scale](*o.shape[-2:])
 
 
 DEFAULTS = {

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from optim.blocks import each_fused, state_of_fused
 from optim.norms import matrix_norm
 from optim.rule import State, check_beta, ema_, root, zeros
 from optim.rules.muon import Muon
@@ -29,14 +30,15 @@ class NorMuon(Muon):
         super().validate()
         check_beta("beta2", self.beta2)
 
+    @state_of_fused
     def init_state(self, param: Tensor) -> State:
-        return {**super().init_state(param), "row_squares": zeros(param[:, :1])}
+        return {"momentum": zeros(param), "row_squares": zeros(param[:, :1])}
 
+    @each_fused
     def direction(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
         o = self.orthogonal_momentum(grad, state)
-        squares = (o * o).mean(-1, keepdim=True).flatten(-3, -2)
-        s = ema_(state["row_squares"], squares, self.beta2)
-        even = o / (root(s) + 1e-10).unflatten(-2, (self.fused, -1))
+        s = ema_(state["row_squares"], (o * o).mean(-1, keepdim=True), self.beta2)
+        even = o / (root(s) + 1e-10)
         return self.scaled(even * (matrix_norm(o) / (matrix_norm(even) + 1e-10)))
 
 

@@ -7,12 +7,11 @@
 beta2 = 1 sums instead of averaging (AdaGrad). A vector has one factor d x d, to the power -1/2. The
 roots are taken every ``precondition_frequency`` steps from ``start_step`` on; before it the step is
 Adam's, or without grafting plain momentum. Matrices larger than ``max_dim`` are cut into blocks,
-each with its own factors and grafting.
+each with its own factors and grafting. Decompositions that failed are counted in the state.
 
 As facebookresearch/optimizers distributed_shampoo with decoupled weight decay, except: it merges
-dimensions whose product is at most its max_preconditioner_dim, which turns a small matrix into one
-vector; this does not. Eigenvalues below the factors' resolution are raised to it
-(optim/matrix_roots.py). Decompositions that failed are counted in the state, ``failed_roots``.
+dimensions whose product is at most its max_preconditioner_dim (a small matrix becomes a vector),
+this does not; eigenvalues below the factors' resolution are raised to it (optim/matrix_roots.py).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optim.blocks import as_matrices, blocks
+from optim.blocks import as_matrices, blocks, each_fused, state_of_fused
 from optim.matrix_roots import inverse_root
 from optim.norms import matrix_norm
 from optim.rule import (
@@ -58,6 +57,7 @@ class Shampoo(Rule):
     precondition_frequency: int = 1
     start_step: int = 1
     factor_dtype: str = "float32"
+    fused: int = 1  # matrices stacked in rows (optim/blocks.py)
 
     def validate(self) -> None:
         check_beta("betas[0]", self.betas[0])
@@ -73,16 +73,17 @@ class Shampoo(Rule):
     def momentum(self) -> float:
         return self.betas[0]
 
+    @state_of_fused
     def init_state(self, param: Tensor) -> State:
-        state = {"exp_avg": zeros(param), "failed_roots": zeros(param.new_empty(()))}
+        state = {"exp_avg": zeros(param), "failed_roots": zeros(param.new_empty(1))}
         if self.grafting == "adam":
             state["exp_avg_sq"] = zeros(param)
         dtype, shape = DTYPES[self.factor_dtype], as_matrices(param.unsqueeze(0)).shape[1:]
         for i, (r, c) in enumerate(blocks(shape, self.max_dim)):
             for side, length in enumerate((r.stop - r.start, c.stop - c.start)[: param.ndim]):
                 identity = torch.eye(length, dtype=dtype, device=param.device)
-                state[f"factor.{i}.{side}"] = torch.zeros_like(identity)
-                state[f"root.{i}.{side}"] = identity
+                key, zero = f"{i}.{side}", torch.zeros_like(identity)
+                state |= {f"factor.{key}": zero, f"root.{key}": identity}
         return state
 
     def direction_at(self, step: int) -> Direction:
@@ -91,15 +92,17 @@ class Shampoo(Rule):
         due = step > self.start_step and step % self.precondition_frequency == 0
         return self.with_new_roots if due or step == self.start_step else self.direction
 
+    @each_fused
     def direction(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
-        m, graft = self._averages(grad, state, step)
-        return self._precondition(m, graft, state)
+        return self._precondition(*self._averages(grad, state, step), state)
 
+    @each_fused
     def with_new_roots(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
-        m, graft = self._averages(grad, state, step)
+        averages = self._averages(grad, state, step)
         self._take_roots(state, step, exponent=0.5 / (grad.ndim - 1))
-        return self._precondition(m, graft, state)
+        return self._precondition(*averages, state)
 
+    @each_fused
     def before_start(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
         return self._averages(grad, state, step)[1]
 
@@ -112,13 +115,12 @@ class Shampoo(Rule):
                 if (key := f"factor.{i}.{side}") in state:
                     state[key].mul_(beta2).add_(block @ block.mT * (1 - beta2 or 1.0))
         m = ema_(state["exp_avg"], grad, beta1)
-        if self.bias_correction:
-            m = m / (1 - beta1**step)
+        m = m / (1 - beta1**step) if self.bias_correction else m
         if self.grafting == "none":
             return m, m
-        v = ema_of_squares_(state["exp_avg_sq"], grad, self.grafting_beta2)
-        correction = (1 - self.grafting_beta2**step).rsqrt()
-        return m, m / (root(v) * correction + self.grafting_eps)
+        beta, v = self.grafting_beta2, state["exp_avg_sq"]
+        size = root(ema_of_squares_(v, grad, beta)) * (1 - beta**step).rsqrt()
+        return m, m / (size + self.grafting_eps)
 
     def _take_roots(self, state: State, step: Tensor, exponent: float) -> None:
         beta2 = self.betas[1]
@@ -133,8 +135,7 @@ class Shampoo(Rule):
         u, graft = as_matrices(m).to(DTYPES[self.factor_dtype], copy=True), as_matrices(graft)
         for i, (r, c) in enumerate(blocks(u.shape[1:], self.max_dim)):
             d = state[f"root.{i}.0"] @ u[:, r, c]
-            if (right := f"root.{i}.1") in state:
-                d = d @ state[right]
+            d = d @ state[right] if (right := f"root.{i}.1") in state else d
             if self.grafting == "adam":
                 d = d * (matrix_norm(graft[:, r, c]) / (matrix_norm(d) + 1e-16))
             u[:, r, c] = d

@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from optim.blocks import each_fused, state_of_fused
 from optim.norms import matrix_norm, norm_along
 from optim.rule import Granularity, Rule, State, check_positive
 
@@ -32,11 +33,17 @@ class SinkGD(Rule):
 
     iterations: int = 5
     eps: float = 1e-8
+    fused: int = 1  # matrices stacked in rows (optim/blocks.py)
 
     def validate(self) -> None:
         check_positive("iterations", self.iterations)
         check_positive("eps", self.eps)
 
+    @state_of_fused
+    def init_state(self, param: Tensor) -> State:
+        return {}
+
+    @each_fused
     def direction(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
         rows, cols = grad.shape[-2:]
         x = grad / matrix_norm(grad).clamp(min=torch.finfo(grad.dtype).tiny)

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from optim.blocks import each_fused, state_of_fused
 from optim.matrix_roots import eigenvectors
 from optim.rule import (
     Direction,
@@ -47,6 +48,7 @@ class Soap(Rule):
     eps: float = 1e-8
     precondition_frequency: int = 10
     max_precond_dim: int = 10000
+    fused: int = 1  # matrices stacked in rows (optim/blocks.py)
 
     def validate(self) -> None:
         check_betas(self.betas)
@@ -58,27 +60,32 @@ class Soap(Rule):
     def momentum(self) -> float:
         return self.betas[0]
 
+    @state_of_fused
     def init_state(self, param: Tensor) -> State:
         state = {"exp_avg": zeros(param), "exp_avg_sq": zeros(param)}
         for side, length in enumerate(param.shape if param.ndim == 2 else ()):
             if length <= self.max_precond_dim:
-                state[f"factor.{side}"] = zeros(param.new_empty(length, length))
-                state[f"basis.{side}"] = zeros(param.new_empty(length, length))
+                square = param.new_empty(length, length)
+                state |= {f"{key}.{side}": zeros(square) for key in ("factor", "basis")}
         return state
 
     def direction_at(self, step: int) -> Direction:
         if step == 1:
             return self.first
-        due = (step - 1) % self.precondition_frequency == 0
-        return self.with_new_basis if due else self.direction
+        return self.direction if (step - 1) % self.precondition_frequency else self.with_new_basis
 
+    @each_fused
     def first(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
         self._accumulate(grad, state)
         for side in _sides(state):
             state[f"basis.{side}"].copy_(eigenvectors(state[f"factor.{side}"]))
         return torch.zeros_like(grad)
 
+    @each_fused
     def direction(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
+        return self._adam(grad, state, step)
+
+    def _adam(self, grad: Tensor, state: State, step: Tensor) -> Tensor:
         beta1, beta2 = self.betas
         rotated = _rotate(grad, state)
         m = ema_(state["exp_avg"], rotated, beta1)
@@ -88,8 +95,9 @@ class Soap(Rule):
         self._accumulate(grad, state)
         return u
 
+    @each_fused
     def with_new_basis(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
-        u = self.direction(grad, state, param, step)
+        u = self._adam(grad, state, step)
         m = _rotate_back(state["exp_avg"], state)
         for side in _sides(state):
             factor, basis = state[f"factor.{side}"], state[f"basis.{side}"]
@@ -97,8 +105,7 @@ class Soap(Rule):
             order = variances.argsort(-1, descending=True)
             columns = torch.take_along_dim(basis, order.unsqueeze(-2), -1)
             along = order.unsqueeze(-1 - side)
-            v = torch.take_along_dim(state["exp_avg_sq"], along, side - 2)
-            state["exp_avg_sq"].copy_(v)
+            state["exp_avg_sq"].copy_(torch.take_along_dim(state["exp_avg_sq"], along, side - 2))
             basis.copy_(torch.linalg.qr(factor @ columns).Q)
         state["exp_avg"].copy_(_rotate(m, state))
         return u

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from optim.blocks import each_fused, state_of_fused
 from optim.matrix_roots import inverse_square_root
 from optim.norms import matrix_norm, norm_along
 from optim.rule import Granularity, Rule, State, check_positive
@@ -31,11 +32,17 @@ class Swan(Rule):
 
     ns_steps: int = 10
     ns_beta: float = 0.5
+    fused: int = 1  # matrices stacked in rows (optim/blocks.py)
 
     def validate(self) -> None:
         check_positive("ns_steps", self.ns_steps)
         check_positive("ns_beta", self.ns_beta)
 
+    @state_of_fused
+    def init_state(self, param: Tensor) -> State:
+        return {}
+
+    @each_fused
     def direction(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
         rows, cols = grad.shape[-2:]
         tiny = torch.finfo(grad.dtype).tiny

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 from optim.correction import CORRECTIONS
 from optim.mask import MASKS
 from optim.norms import clip_grad_norm
-from optim.optimizer import update_parameters
 from optim.rules import rules
+from optim.update import update_parameters
 
 
 class NoCopies(TorchDispatchMode):
@@ -61,12 +61,8 @@ def test_an_update_does_not_wait(name: str, shape: tuple[int, ...], mask: str) -
         lr = torch.zeros((), dtype=torch.float64)
         with NoCopies():
             for direction in {rule.direction_at(t) for t in range(1, 20)}:
-                update_parameters(
-                    *(rule, correction, MASKS[mask], direction),
-                    *(params, grads, states),
-                    lr=lr,
-                    weight_decay=0.1,
-                )
+                how = (rule, correction, MASKS[mask], direction, 0.1)
+                update_parameters(*how, params, grads, states, lr)
             rule.join(states)
 
 
