@@ -2,13 +2,15 @@
 
     python train.py                                the default run: minutes on a CPU
     python train.py optim=mars_adamw seed=2        any value of configs/ can be overridden
+    torchrun --nproc_per_node=8 train.py parallel=ddp    on 8 GPUs (docs/distributed.md)
 
 This file is the whole run: compose the configuration, build, then loop over evaluate, checkpoint,
 update, log. It never asks which optimizer, model or corpus it has.
 
 Three decisions keep the loop short. The tokens of a step are a function of (seed, step), and so are
 torch's random numbers, so resuming is loading weights and optimizer state, nothing else. The
-gradient is the mean over the global batch, however it is cut into micro-batches. And figures are
+gradient is the mean over the global batch, however it is cut into processes and micro-batches, so
+that all processes go through this file in the same steps, with the same losses. And figures are
 read from the device one step late, when they have long arrived, so that reading them stalls
 nothing.
 """
@@ -19,7 +21,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 # Read when torch is loaded. Threads that wait for each other on a CPU would otherwise spin, and a
 # second busy process then slows both down tenfold (docs/benchmarks.md).
@@ -36,11 +38,11 @@ from data.corpus import open_corpus
 from data.tokenizer import Tokenizer
 from eval.hellaswag import DuringTraining
 from eval.loss import Validation
-from eval.sample import sample_text
+from eval.sample import draw, sample_text
 from model import GPT2, MODELS
 from model.document_mask import WithDocuments
 from model.init_from import initialize
-from optim import Optimizer, Schedule, clip_grad_norm, create_optimizer
+from optim import Optimizer, Schedule, create_optimizer
 from report.curves import plot_loss
 from runtime.cli import plain_errors, run_command
 from runtime.config import (
@@ -51,10 +53,15 @@ from runtime.config import (
     model_config,
     schedule,
 )
-from runtime.device import Device, seed_step
+from runtime.device import Device, seed_step, uniform
+from runtime.guard import Guard
+from runtime.launch import together
+from runtime.parallel import Parallel, parallelize
+from runtime.processes import Processes
 from runtime.record import Figures, Record
 from runtime.resume import resume, save
-from runtime.run import Run, open_run
+from runtime.run import Run
+from runtime.sharded_checkpoint import SharedCheckpoints
 from runtime.stop import StopRequest
 
 
@@ -65,78 +72,98 @@ def main(tree: DictConfig) -> None:
     job = HydraConfig.get()
     if job.mode == RunMode.MULTIRUN and config.run.dir is None:
         config.run.dir = str(Path(job.sweep.dir) / job.sweep.subdir)
-    run = open_run(config)
-    try:
-        result = run.summary() if run.finished else train(config, run)
-    finally:
-        run.close()
-    keys = ("run_dir", "step", "tokens", "val_loss")
-    print(json.dumps({key: result[key] for key in keys}), flush=True)
+    with together(config) as (run, processes, guard):
+        result = run.summary() if run.finished else train(config, run, processes, guard)
+    if processes.first:
+        keys = ("run_dir", "step", "tokens", "val_loss")
+        print(json.dumps({key: result[key] for key in keys}), flush=True)
     if job.mode == RunMode.MULTIRUN and not result["finished"]:
         sys.exit()  # asked to stop: that means the trials to come as well
 
 
-def train(config: Config, run: Run) -> dict[str, Any]:
+def train(config: Config, run: Run, processes: Processes, guard: Guard) -> dict[str, Any]:
     """Run from where the run directory stands to the last step; returns the run's summary."""
     # ---- build: every mistake that can be found is found here, before the first step
-    device = Device.choose(config.train)
-    corpus = open_corpus(config.data)
+    guard.pause(0, "building")
+    every, device = config.train, Device.choose(config.train, processes)
+    corpus = processes.first_then_all(lambda: open_corpus(config.data))
     family, shape = MODELS[config.model["name"]], model_config(config, corpus.tokenizer.vocab_size)
     corpus.check_vocab(shape.vocab_size)
     torch.manual_seed(config.seed)
     model = family.network(shape).to(device.device)
     if config.model["init_from"] is not None and run.start is None:
         initialize(model, config.model["init_from"])
+    parallel = parallelize(model, config.parallel, processes, device.device, every.compile)
     optimizer = create_optimizer(
-        named_parameters=model.named_parameters(), compile=config.train.compile, **config.optim
+        named_parameters=model.named_parameters(),
+        compile=every.compile,
+        division=parallel.division,
+        **config.optim,
     )
     if device.scaler.is_enabled() and optimizer.needs_extra_gradients:
         raise ValueError(
             f"optim={config.optim['name']} takes more than one gradient per update, which the fp16 "
             f"loss scale does not follow: use train.precision=bf16 or fp32"
         )
-    order = corpus.order(shape.context, config.train.global_batch, config.seed)
-    order.check(config.train.steps + optimizer.needs_next_batch_gradient)
-    loader = corpus.loader(order, pin_memory=device.device.type == "cuda")
-    rows = config.train.micro_batch or config.train.global_batch
-    validation = Validation(corpus.val, shape.context, config.train.eval_tokens, rows)
-    hellaswag = DuringTraining(config.eval.hellaswag, config.train, corpus.tokenizer)
-    lr_schedule, every = schedule(config), config.train
-    compiled = cast(nn.Module, torch.compile(model, dynamic=False)) if every.compile else model
-    kind, dropout = device.device.type, shape.dropout
-    forward = WithDocuments(compiled, corpus.documents, kind, dropout)
-    record = Record(config, run, device, model, corpus)
-    step, val_loss = resume(run, model, optimizer, device, record)
+    if device.scaler.is_enabled() and parallel.mesh is not None:
+        raise ValueError(
+            "the fp16 loss scale needs whole gradients: use train.precision=bf16 or parallel=ddp"
+        )
+    if config.eval.hellaswag.every and parallel.mesh is not None:
+        raise ValueError("eval.hellaswag needs whole weights: use parallel=ddp, or evaluate the run")
+    order = corpus.order(shape.context, every.global_batch, config.seed)
+    order.check(every.steps + optimizer.needs_next_batch_gradient)
+    own, pin = parallel.rows(every.global_batch), device.device.type == "cuda"
+    loader = corpus.loader(order, rows=own, pin_memory=pin)
+    rows = every.micro_batch or every.global_batch // processes.size
+    validation = Validation(corpus.val, shape.context, every.eval_tokens, rows)
+    hellaswag = DuringTraining(config.eval.hellaswag, every, corpus.tokenizer)
+    lr_schedule = schedule(config)
+    forward = WithDocuments(parallel.forward, corpus.documents, device.device.type, shape.dropout)
+    record = Record(config, run, device, model, corpus, processes)
+    step, val_loss = resume(run, model, optimizer, device, record, processes)
+    checkpoints = SharedCheckpoints(run.checkpoints.folder, every.keep_checkpoints, processes)
     record.start(step, optimizer)
 
     # ---- loop: step counts completed updates
     first = step
-    with loader, StopRequest() as stop, record:
+    with loader, StopRequest() as stop, record, checkpoints:
         while True:
-            last = step == every.steps or stop.requested is not None
+            stopped = processes.any(stop.requested is not None)
+            last = step == every.steps or stopped
             fresh = step > first or step == 0  # a resumed step was dealt with before the stop
             evaluate = every.eval_every and (step % every.eval_every == 0 or step == every.steps)
             keep = every.checkpoint_every and (step % every.checkpoint_every == 0 or last)
+            compare = config.parallel.check_every and step % config.parallel.check_every == 0
+            if fresh and (compare or keep):
+                parallel.check_replicas(step)
             if fresh and evaluate:
+                guard.pause(step, "evaluation")
                 with optimizer.evaluation_weights(), record.untimed():
-                    val_loss = validation.loss(forward, device)
-                    downstream = hellaswag.metrics(step, model, device)
+                    val_loss = validation.loss(forward, device, processes)
+                    downstream = hellaswag.metrics(step, model, device, processes)
                 record.settle(step, val_loss, downstream)
                 with optimizer.evaluation_weights(), record.untimed():
                     illustrate(config, record, model, corpus.tokenizer)
             elif last or keep:
                 record.settle(step)
             if fresh and keep:
+                guard.pause(step, "checkpoint")
                 with record.untimed():
                     measured = val_loss if evaluate else None
-                    save(run, step, model, optimizer, device, record, measured)
+                    save(checkpoints, step, model, optimizer, device, record, measured)
             if last:
                 break
-            figures = update(config, step, forward, optimizer, lr_schedule, loader, device)
+            if step > first:  # the first step may compile
+                guard.beat(step, "update")
+            parts = (forward, optimizer, lr_schedule, loader, device, parallel)
+            figures = update(config, step, *parts)
             record.settle(step)  # figures of the step before, which have arrived meanwhile
             record.expect(figures)
             step += 1
-        return record.finish(step, val_loss, stop.requested)
+        checkpoints.wait()
+        stopped_by = stop.requested or ("another process" if stopped else None)
+        return record.finish(step, val_loss, stopped_by)
 
 
 class Batches(Protocol):
@@ -152,60 +179,71 @@ def update(
     lr_schedule: Schedule,
     batches: Batches,
     device: Device,
+    parallel: Parallel | None = None,
 ) -> Figures:
-    """One optimizer update on the global batch of ``step``. Only fp16 reads the device."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    """One optimizer update on the global batch of ``step``. Only fp16 reads the device.
+    ``parallel`` is what ``model`` calls (None: one process)."""
+    parallel = parallel or Parallel(model, model, Processes())
+    clip = config.train.grad_clip
     if optimizer.needs_next_batch_gradient:
-        seed_step(config.seed, step + 1)  # the dropout that this batch will meet in its own step
-        backward(config, model, batches.batch(step + 1), device)
-        clip_grad_norm(parameters, config.train.grad_clip)
+        backward(config, step + 1, model, batches, device, parallel)
+        optimizer.clip_grad_norm(clip)
         optimizer.store_next_batch_gradient()
         optimizer.zero_grad()
-    seed_step(config.seed, step)
-    losses = backward(config, model, batches.batch(step), device)
+    losses = backward(config, step, model, batches, device, parallel)
     device.scaler.unscale_(optimizer)
-    grad_norm = clip_grad_norm(parameters, config.train.grad_clip)
+    grad_norm = optimizer.clip_grad_norm(clip)
     lr = config.optim["lr"] * lr_schedule(step)
     optimizer.set_lr(lr)
     device.scaler.step(optimizer)  # skips the update if fp16 overflowed
     device.scaler.update()
     optimizer.zero_grad()
     if optimizer.needs_hessian_gradient:
-        backward(config, model, batches.batch(step + 1), device, sampled=True)
-        clip_grad_norm(parameters, config.train.grad_clip)
+        backward(config, step + 1, model, batches, device, parallel, sampled=True)
+        optimizer.clip_grad_norm(clip)
         optimizer.store_hessian_gradient()
         optimizer.zero_grad()
     return Figures(step + 1, losses, grad_norm, lr)
 
 
 def backward(
-    config: Config, model: nn.Module, batch: Tensor, device: Device, sampled: bool = False
+    config: Config,
+    step: int,
+    model: nn.Module,
+    batches: Batches,
+    device: Device,
+    parallel: Parallel,
+    sampled: bool = False,
 ) -> Tensor:
-    """Leave in ``.grad`` the gradient of the batch's loss, one micro-batch at a time; the mean over
-    the batch unless train.accumulation=sum. Returns the micro-batches' mean losses. ``sampled``
+    """Leave in ``.grad`` the gradient of the loss on the global batch of ``step``, one micro-batch
+    at a time, with the dropout that belongs to the step; the mean over the batch unless
+    train.accumulation=sum. Returns the mean losses of the global batch's micro-batches. ``sampled``
     takes targets from the model's own predictions (Sophia's estimate of curvature)."""
-    count = accumulation(config.train)
-    weight = gradient_scale(config.train) / count
+    batch, processes = batches.batch(step), parallel.processes
+    count = accumulation(config.train, processes.size)
+    weight = gradient_scale(config.train, processes.size) / count
     losses = []
-    for micro in batch.chunk(count):
-        tokens = device.to_device(micro)
+    for i, micro in enumerate(batch.chunk(count)):
+        tokens, place = device.to_device(micro), processes.rank * count + i
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        with device.autocast():
-            if sampled:
-                with torch.no_grad():
-                    chances = model(inputs).float().softmax(-1).flatten(0, 1)
-                targets = torch.multinomial(chances, 1).view_as(targets)
-            loss = model(inputs, targets)
-        device.scaler.scale(loss * weight).backward()
+        seed_step(config.seed, step, place)
+        with parallel.micro_batch(last=i == count - 1):
+            with device.autocast():
+                if sampled:
+                    chosen = uniform(config.seed, step, (config.train.global_batch, inputs.size(1)))
+                    chosen = chosen[place * len(micro) : (place + 1) * len(micro)]
+                    targets = draw(model, inputs, device.to_device(chosen))
+                loss = model(inputs, targets)
+            device.scaler.scale(loss * weight).backward()
         losses.append(loss.detach())
-    return torch.stack(losses)
+    return parallel.losses(torch.stack(losses))
 
 
 def illustrate(config: Config, record: Record, model: GPT2, tokenizer: Tokenizer) -> None:
     """Show how far the run is: a generated text in the log, the loss curve as a picture."""
     if config.train.sample_tokens:
         record.say(sample_text(model, tokenizer, config.train.sample_tokens, config.seed))
-    if config.logging.picture:
+    if config.logging.picture and record.writes:
         plot_loss(record.run.dir, record.reference_losses(), record.bits_per_byte(1.0))
 
 

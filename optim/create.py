@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -20,6 +20,9 @@ from optim.mask import MASKS
 from optim.optimizer import Optimizer
 from optim.roles import assign, named_list
 from optim.rules import build_rule, known, modules, rules
+
+if TYPE_CHECKING:
+    from optim.division import Division
 
 # settings of an optimizer and of each of its groups, with what holds where nothing is said
 SETTINGS: dict[str, Any] = {
@@ -45,25 +48,30 @@ def create_optimizer(
     roles: Mapping[str, str] | None = None,
     compile: bool = False,
     maximize: bool = False,
+    division: Division | None = None,
     **hyperparameters: Any,
 ) -> Optimizer:
     """The optimizer ``name`` for these (name, parameter) pairs.
 
     ``roles`` maps patterns of parameter names to a role where the guess by name and dimensions is
-    wrong (optim/roles.py). Raises ValueError, naming the culprit, for an unknown optimizer or
-    hyper-parameter, one out of range, and for parameters that are missing, duplicated, flattened,
-    taken by no group, or of the wrong shape for their rule.
+    wrong (optim/roles.py). ``division`` says how several processes divide the work
+    (optim/division.py); all of them call with the same arguments.
+
+    Raises ValueError, naming the culprit, for an unknown optimizer or hyper-parameter, one out of
+    range, and for parameters that are missing, duplicated, flattened, taken by no group, or of the
+    wrong shape for their rule.
     """
     groups = resolve(name, **hyperparameters)
     members = assign(named_list(named_parameters), groups, roles)
-    return Optimizer(
-        [
-            {**{k: v for k, v in groups[group].items() if k != "match"}, "params": params}
-            for group, params in members.items()
-        ],
-        compile=compile,
-        maximize=maximize,
-    )
+    own = [
+        {**{k: v for k, v in groups[group].items() if k != "match"}, "params": params}
+        for group, params in members.items()
+    ]
+    if division is None:
+        return Optimizer(own, compile=compile, maximize=maximize)
+    from optim.divided import DividedOptimizer  # imports torch.distributed.tensor
+
+    return DividedOptimizer(own, division, compile=compile, maximize=maximize)
 
 
 def resolve(name: str, **hyperparameters: Any) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from optim.norms import mean
 from optim.rule import State, ema_, zeros
 
 
@@ -17,7 +18,8 @@ def init(param: Tensor, key: str) -> State:
     """Fresh moments under ``key``, or under ``key``_row and ``key``_col where they factor."""
     if param.ndim < 2:
         return {key: zeros(param)}
-    return {f"{key}_row": zeros(param[..., 0]), f"{key}_col": zeros(param[..., 0, :])}
+    row, col = param.shape[:-1], (*param.shape[:-2], param.shape[-1])
+    return {f"{key}_row": zeros(param.new_empty(row)), f"{key}_col": zeros(param.new_empty(col))}
 
 
 def update_(state: State, key: str, squares: Tensor, beta: float | Tensor) -> None:
@@ -25,8 +27,8 @@ def update_(state: State, key: str, squares: Tensor, beta: float | Tensor) -> No
     if squares.ndim < 2:
         ema_(state[key], squares, beta)
     else:
-        ema_(state[f"{key}_row"], squares.mean(-1), beta)
-        ema_(state[f"{key}_col"], squares.mean(-2), beta)
+        ema_(state[f"{key}_row"], mean(squares, -1), beta)
+        ema_(state[f"{key}_col"], mean(squares, -2), beta)
 
 
 def inverse_root(state: State, key: str, floor: float | None = None) -> Tensor:
@@ -36,8 +38,8 @@ def inverse_root(state: State, key: str, floor: float | None = None) -> Tensor:
         v = state[key]
         return v.rsqrt() if floor is None else v.clamp(min=floor**2).rsqrt()
     row, col = state[f"{key}_row"], state[f"{key}_col"]
-    mean = row.mean(-1, keepdim=True)
+    average = mean(row, -1).unsqueeze(-1)
     if floor is None:
-        return (row / mean).rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
-    v = row.unsqueeze(-1) * (col / mean.clamp(min=floor)).unsqueeze(-2)
+        return (row / average).rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
+    v = row.unsqueeze(-1) * (col / average.clamp(min=floor)).unsqueeze(-2)
     return v.clamp(min=floor**2).rsqrt()

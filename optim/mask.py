@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from optim.norms import mean
+
 Mask = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -20,7 +22,7 @@ def no_mask(u: Tensor, grad: Tensor) -> Tensor:
 
 def cautious(u: Tensor, grad: Tensor) -> Tensor:
     keep = (u * grad > 0).to(u.dtype)
-    return u * keep / keep.mean().clamp(min=1e-3)
+    return u * keep / mean(keep).clamp(min=1e-3)
 
 
 MASKS: dict[str, Mask] = {"none": no_mask, "cautious": cautious}

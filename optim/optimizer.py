@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from optim.correction import CORRECTIONS, Correction
 from optim.mask import MASKS, Mask
+from optim.norms import clip_grad_norm, held
 from optim.roles import role_of
 from optim.rule import Rule, State, count
 from optim.rules import build_rule
@@ -32,6 +33,14 @@ from optim.update import How, Update, is_entrywise, is_vector, update_joined, up
 # parameters of one shape in a compiled call, at most: few, for the time that compilation takes and
 # for the cache of a CPU; on a GPU calls must be fewer than kernels are slow (not measured)
 PER_GRAPH = {"cpu": 2, "cuda": 12}
+
+
+class Piece(NamedTuple):
+    """What is updated at once: a parameter, its gradient and its state."""
+
+    param: Tensor
+    grad: Tensor
+    state: State
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -73,12 +82,13 @@ class Optimizer(torch.optim.Optimizer):
                     f"{name} has shape {tuple(param.shape)}, but {group['rule']} updates matrices "
                     f"only: give it another rule in optim.groups"
                 )
+        self._prepare(group)
+        for name, param in zip(group["param_names"], group["params"], strict=True):
             try:
-                own = rule.init_state(param)
+                own = self._fresh_state(param, rule, correction)
             except ValueError as error:
                 raise ValueError(f"{name}, rule {group['rule']}: {error}") from None
-            step = torch.zeros((), dtype=torch.float64)
-            self.state[param] = {"step": step, **own, **correction.init_state(param)}
+            self.state[param] = {"step": torch.zeros((), dtype=torch.float64), **own}
 
     @property
     def needs_extra_gradients(self) -> bool:
@@ -99,31 +109,29 @@ class Optimizer(torch.optim.Optimizer):
         """Keep the gradients that lie in ``p.grad`` as those of the next batch."""
         for group in self.param_groups:
             if self._parts(group)[1].exact:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        self.state[p]["next_grad"].copy_(_signed(p.grad, group))
+                for state, grad in self._gradients(group):
+                    state["next_grad"].copy_(grad)
 
     @property
     def needs_hessian_gradient(self) -> bool:
         """Whether the loop must now, between two steps, provide the gradient of the mean loss on
         labels sampled from the model's own predictions and announce it with
         `store_hessian_gradient` (Sophia)."""
-        return any(self._wanting_hessian_gradient())
+        return any(map(self._wants_hessian_gradient, self.param_groups))
 
     @torch.no_grad()
     def store_hessian_gradient(self) -> None:
         """Take the gradients that lie in ``p.grad`` as those on sampled labels."""
-        for rule, p in self._wanting_hessian_gradient():
-            if p.grad is not None:
-                grad = p.grad.to(torch.promote_types(p.grad.dtype, torch.float32))
-                rule.observe_hessian_gradient(grad, self.state[p])
+        for group in filter(self._wants_hessian_gradient, self.param_groups):
+            rule = self._parts(group)[0]
+            for state, grad in self._gradients(group):
+                if rule.wants_hessian_gradient(count(state)):
+                    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+                    rule.observe_hessian_gradient(grad, state)
 
-    def _wanting_hessian_gradient(self) -> Iterator[tuple[Rule, Tensor]]:
-        for group in self.param_groups:
-            rule, _, _ = self._parts(group)
-            for p in group["params"]:
-                if rule.wants_hessian_gradient(count(self.state[p])):
-                    yield rule, p
+    def _wants_hessian_gradient(self, group: Mapping[str, Any]) -> bool:
+        wants = self._parts(group)[0].wants_hessian_gradient
+        return any(wants(count(self.state[p])) for p in group["params"])
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
@@ -134,9 +142,12 @@ class Optimizer(torch.optim.Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 rule, _, _ = self._parts(group)
-                for p in group["params"] if rule.averages else []:
-                    kept.append((p, p.detach().clone()))
-                    p.copy_(rule.evaluation_weight(p, self.state[p]))
+                if rule.averages:
+                    kept += [(p, p.clone()) for p in map(held, group["params"])]
+                    for p in group["params"]:
+                        part = self._part(p, rule)
+                        part.copy_(rule.evaluation_weight(part, self.state[p]))
+                    self._share(group["params"], rule)()
         try:
             yield
         finally:
@@ -155,59 +166,83 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        to_join: dict[Rule, None] = {}
-        for group in self.param_groups:
-            rule, correction, mask = self._parts(group)
-            lr = self._lr_tensor(group)
-            if self._by_kernel(group, rule, lr):
-                continue
-            for params, joined in self._calls(group):
-                states = [self.state[p] for p in params]
-                grads = [_signed(p.grad, group) for p in params if p.grad is not None]
-                torch._foreach_add_([state["step"] for state in states], 1.0)
-                direction = rule.direction_at(count(states[0]))
-                how = (rule, correction, mask, direction, group["weight_decay"])
-                self._update(how, params, grads, states, lr, joined)
-                if rule.joint:
-                    to_join[rule] = None
-        for rule in to_join:
-            groups = [group for group in self.param_groups if self._parts(group)[0] == rule]
-            rule.join([self.state[p] for group in groups for p in group["params"]])
+        stepped = [g for g in self.param_groups if any(p.grad is not None for p in g["params"])]
+        self._update_groups()
+        for rule in {self._parts(group)[0]: None for group in stepped}:
+            if rule.joint:
+                groups = [group for group in self.param_groups if self._parts(group)[0] == rule]
+                rule.join([self.state[p] for group in groups for p in group["params"]])
         return loss
 
-    def _by_kernel(self, group: Mapping[str, Any], rule: Rule, lr: Tensor) -> bool:
+    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
+        """`optim.clip_grad_norm` of all parameters."""
+        return clip_grad_norm(self._all_params(), max_norm)
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _pieces(self, group: Mapping[str, Any]) -> list[Piece]:
+        rule = self._parts(group)[0]
+        return [
+            Piece(self._part(p, rule), signed(self._part(p.grad, rule), group), self.state[p])
+            for p in group["params"]
+            if p.grad is not None
+        ]
+
+    def _update_groups(self) -> None:
+        for group in self.param_groups:
+            self._update_pieces(group, self._pieces(group))
+
+    def _update_pieces(self, group: Mapping[str, Any], pieces: list[Piece]) -> None:
+        if not pieces:
+            return
+        rule, correction, mask = self._parts(group)
+        lr = self._lr_tensor(group)
+        torch._foreach_add_([piece.state["step"] for piece in pieces], 1.0)
+        if self._by_kernel(group, rule, lr, pieces):
+            return
+        for some, joined in self._calls(group, pieces):
+            params, grads, states = map(list, zip(*some, strict=True))
+            direction = rule.direction_at(count(states[0]))
+            how = (rule, correction, mask, direction, group["weight_decay"])
+            update = partial(update_joined if joined else update_parameters, *how)
+            self._run(update, how, joined, params, grads, states, lr)
+
+    def _by_kernel(
+        self, group: Mapping[str, Any], rule: Rule, lr: Tensor, pieces: list[Piece]
+    ) -> bool:
         """Update the whole group in one call, if torch has a kernel for exactly this update."""
-        params = [p for p in group["params"] if p.grad is not None]
         plain = group["correction"] == "none" and group["mask"] == "none"
-        if not params or not plain or not rule.has_kernel(params) or lr.device.type != "cpu":
+        if not plain or lr.device.type != "cpu":
             return False
-        states = [self.state[p] for p in params]
-        grads = [_signed(p.grad, group) for p in params if p.grad is not None]
-        torch._foreach_add_([state["step"] for state in states], 1.0)
+        params, grads, states = map(list, zip(*pieces, strict=True))
+        if not rule.has_kernel(params):
+            return False
         rule.kernel(params, grads, states, float(lr), group["weight_decay"])
         return True
 
-    def _calls(self, group: Mapping[str, Any]) -> Iterator[tuple[list[Tensor], bool]]:
-        """Parameters to update in one call, and whether joined into one vector. The others of a
+    def _calls(
+        self, group: Mapping[str, Any], pieces: list[Piece]
+    ) -> Iterator[tuple[list[Piece], bool]]:
+        """Pieces to update in one call, and whether joined into one vector. The others of a
         call have one shape: all matrices for a matrix rule on a GPU; what is compiled in equal
         parts, which share one graph, small whatever the depth of the model; else one by one."""
         rule, correction, mask = self._parts(group)
         entrywise = is_entrywise(rule, correction, mask)
-        sets: dict[Any, list[Tensor]] = {}
-        for p in group["params"]:
-            if p.grad is not None:
-                state = self.state[p]
-                joined = entrywise and is_vector(p, state)
-                key = (joined, None if joined else p.shape, p.dtype, p.device, count(state))
-                sets.setdefault(key, []).append(p)
-        for (joined, *_), params in sets.items():
+        sets: dict[Any, list[Piece]] = {}
+        for piece in pieces:
+            p, grad, state = piece
+            joined = entrywise and is_vector(p, state)
+            key = (joined, None if joined else p.shape, p.dtype, grad.device, count(state))
+            sets.setdefault(key, []).append(piece)
+        for (joined, *_), alike in sets.items():
             size = 1
-            if joined or (rule.granularity == "matrix" and params[0].is_cuda):
-                size = len(params)
+            if joined or (rule.granularity == "matrix" and alike[0].grad.is_cuda):
+                size = len(alike)
             elif self._compile and rule.granularity != "matrix":
-                size = _equal_part(len(params), PER_GRAPH.get(params[0].device.type, 1))
-            for i in range(0, len(params), size):
-                yield params[i : i + size], joined
+                size = _equal_part(len(alike), PER_GRAPH.get(alike[0].param.device.type, 1))
+            for i in range(0, len(alike), size):
+                yield alike[i : i + size], joined
 
     def _parts(self, group: Mapping[str, Any]) -> tuple[Rule, Correction, Mask]:
         correction = CORRECTIONS[group["correction"]]
@@ -224,26 +259,59 @@ class Optimizer(torch.optim.Optimizer):
         lr = self._lr.setdefault(group["name"], torch.zeros((), dtype=torch.float64))
         return lr.fill_(group["lr"])
 
-    def _update(
+    def _run(
         self,
+        update: partial[None],
         how: How,
+        joined: bool,
         params: list[Tensor],
         grads: list[Tensor],
         states: list[State],
         lr: Tensor,
-        joined: bool,
     ) -> None:
+        """Call a function of optim/update.py, compiled where that pays."""
         rule, correction, mask, direction, weight_decay = how
-        update = partial(update_joined if joined else update_parameters, *how)
-        if self._compile and not joined and direction == rule.direction:
+        plain = not joined and direction == rule.direction and params[0].numel()
+        if self._compile and plain:
             alike = [(t.shape, t.stride(), t.dtype, t.device) for t in (*params, *grads, lr)]
-            key = (rule, correction, mask, weight_decay, *alike)
+            key = (update.func, rule, correction, mask, weight_decay, *alike)
             if key not in self._compiled:
                 from optim.compilation import compiled  # imports inductor: seconds
 
                 self._compiled[key] = compiled(update, params, grads, states, lr)
-            update = self._compiled[key]
-        update(params, grads, states, lr)
+            self._compiled[key](params, grads, states, lr)
+        else:
+            update(params, grads, states, lr)
+
+    # ---- what optim/divided.py does otherwise, for several processes ----------------------------
+
+    def _prepare(self, group: Mapping[str, Any]) -> None:
+        """Before there is state for a group."""
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            if hasattr(param, "to_local"):
+                raise ValueError(
+                    f"{name} is a DTensor, of which this process holds some rows: tell "
+                    f"create_optimizer which processes hold the others, division=Division(...)"
+                )
+
+    def _fresh_state(self, param: Tensor, rule: Rule, correction: Correction) -> State:
+        return {**rule.init_state(param), **correction.init_state(param)}
+
+    def _part(self, x: Tensor, rule: Rule) -> Tensor:
+        """What of a parameter or its gradient is updated here."""
+        return x
+
+    def _share(self, params: list[Tensor], rule: Rule) -> Callable[[], None]:
+        """Start to exchange what was updated; the result finishes."""
+        return lambda: None
+
+    def _entries(self, param: Tensor, group: Mapping[str, Any]) -> State:
+        """The state of a parameter for `named_state`."""
+        return self.state[param]
+
+    def _gradients(self, group: Mapping[str, Any]) -> Iterator[tuple[State, Tensor]]:
+        """Gradients of a group beside the states that are kept here."""
+        return ((state, grad) for _, grad, state in self._pieces(group))
 
     # ---- state ----------------------------------------------------------------------------------
 
@@ -253,14 +321,14 @@ class Optimizer(torch.optim.Optimizer):
             f"{name}.{key}": tensor
             for group in self.param_groups
             for name, p in zip(group["param_names"], group["params"], strict=True)
-            for key, tensor in self.state[p].items()
+            for key, tensor in self._entries(p, group).items()
         }
 
     @torch.no_grad()
     def load_named_state(self, saved: Mapping[str, Tensor]) -> None:
         """Copy a flat state in place. ValueError if any key, shape or dtype differs."""
         own = self.named_state()
-        _check_same(own, saved)
+        check_same(own, saved)
         for name, tensor in own.items():
             tensor.copy_(saved[name])
 
@@ -273,7 +341,7 @@ class Optimizer(torch.optim.Optimizer):
         if len(ids) != len(own):
             raise ValueError(f"the state has {len(ids)} parameters, the optimizer {len(own)}")
         for i, state in zip(ids, own.values(), strict=True):
-            _check_same(state, state_dict["state"].get(i, {}), f"parameter {i}: ")
+            check_same(state, state_dict["state"].get(i, {}), f"parameter {i}: ")
         super().load_state_dict(state_dict)
         for i, (p, state) in zip(ids, own.items(), strict=True):
             for key, tensor in state.items():
@@ -305,11 +373,11 @@ def _equal_part(n: int, most: int) -> int:
     return max(size for size in range(1, most + 1) if n % size == 0)
 
 
-def _signed(grad: Tensor, group: Mapping[str, Any]) -> Tensor:
+def signed(grad: Tensor, group: Mapping[str, Any]) -> Tensor:
     return -grad if group["maximize"] else grad
 
 
-def _check_same(own: Mapping[str, Tensor], saved: Mapping[str, Any], where: str = "") -> None:
+def check_same(own: Mapping[str, Tensor], saved: Mapping[str, Any], where: str = "") -> None:
     if own.keys() != saved.keys():
         missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
         raise ValueError(

@@ -43,7 +43,7 @@ def named_list(parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tens
         if id(param) in seen:
             raise ValueError(f"parameter {name} was given before, as {seen[id(param)]}")
         seen[id(param)] = name
-        if "_flat_param" in name:
+        if "_flat_param" in name or "_fsdp_wrapped_module" in name or _is_flat(param):
             raise ValueError(
                 f"{name} is an FSDP1 flattened parameter, whose matrices are no longer visible: "
                 "use FSDP2 (fully_shard)"
@@ -54,6 +54,10 @@ def named_list(parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tens
     if not trainable:
         raise ValueError(f"no trainable parameters among the {len(pairs)} given")
     return trainable
+
+
+def _is_flat(param: Tensor) -> bool:
+    return getattr(param, "_is_flat_param", False)  # the mark of torch's FlatParameter
 
 
 def assign(

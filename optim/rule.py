@@ -14,12 +14,14 @@ not promote a float32 expression, and 1 - beta**step keeps its digits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from optim.sharding import matrix_work
 
 State = dict[str, Tensor]
 Direction = Callable[[Tensor, State, Tensor, Tensor], Tensor]
@@ -63,6 +65,11 @@ class Rule:
         """Fresh state for one parameter. Created when the optimizer is, so that every rank and
         every checkpoint has the same keys."""
         return {}
+
+    def work(self, shape: Sequence[int]) -> int:
+        """Cost of a step for a parameter of this shape, up to a factor, by which the matrices of a
+        matrix rule are divided among processes."""
+        return matrix_work(shape)
 
     def regularize(self, grad: Tensor, param: Tensor, weight_decay: float) -> Tensor:
         """The gradient that `direction` gets; a rule with coupled (L2) decay adds it here."""

@@ -31,10 +31,42 @@ def update_parameters(
     states: list[State],
     lr: Tensor,
 ) -> None:
-    """Update parameters of one shape in place; all have done the same number of steps.
+    """Update parameters of one shape in place; all have done the same number of steps."""
+    us = directions(rule, correction, mask, direction, weight_decay, params, grads, states)
+    for p, s, u in zip(params, states, us, strict=True):
+        rule.apply(p, u, s, lr, weight_decay, states[0]["step"])
 
-    For a matrix rule they are stacked. A stack of one is a view; of more it is a copy, which pays
-    on a GPU, where one batched product beats many small ones.
+
+def write_directions(
+    rule: Rule,
+    correction: Correction,
+    mask: Mask,
+    direction: Direction,
+    weight_decay: float,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+    lr: Tensor,
+) -> None:
+    """The same up to `Rule.apply`: put what that takes into ``params``, which are buffers."""
+    us = directions(rule, correction, mask, direction, weight_decay, params, grads, states)
+    torch._foreach_copy_(params, us)
+
+
+def directions(
+    rule: Rule,
+    correction: Correction,
+    mask: Mask,
+    direction: Direction,
+    weight_decay: float,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+) -> list[Tensor]:
+    """All of an update but its last step: what `Rule.apply` takes.
+
+    For a matrix rule the parameters are stacked. A stack of one is a view; of more it is a copy,
+    which pays on a GPU, where one batched product beats many small ones.
     """
     step = states[0]["step"]
     grads = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
@@ -44,14 +76,13 @@ def update_parameters(
     ]
     if rule.granularity == "matrix":
         keys = [key for key in states[0] if key != "step" and key not in correction.keys]
-        directions = _stacked_directions(direction, corrected, states, keys, params)
+        us = _stacked_directions(direction, corrected, states, keys, params)
     else:
-        directions = [
-            direction(c, s, p, step) for c, s, p in zip(corrected, states, params, strict=True)
-        ]
-    for p, g, s, u in zip(params, grads, states, directions, strict=True):
-        rule.apply(p, mask(u, g), s, lr, weight_decay, step)
+        us = [direction(c, s, p, step) for c, s, p in zip(corrected, states, params, strict=True)]
+    us = [mask(u, g) for u, g in zip(us, grads, strict=True)]
+    for g, s in zip(grads, states, strict=True):
         correction.remember(g, s)
+    return us
 
 
 def _stacked_directions(

@@ -1,30 +1,27 @@
 """Checkpoints that are complete or absent, and safe to load from a stranger.
 
-    checkpoints/step_00000200/tensors.safetensors   "model.<parameter>", "optim.<parameter>.<key>"
-    checkpoints/step_00000200/checkpoint.json       step, settings, all that is no tensor
+    checkpoints/step_00000200/tensors.safetensors    "model.<parameter>", "optim.<parameter>.<key>"
+    checkpoints/step_00000200/checkpoint.json        step, settings, all that is no tensor
 
-A checkpoint is written under another name and renamed when all of it is on the disk, so killing the
-program at any moment leaves the previous ones whole. Nothing is pickled: loading runs no code.
+(What many processes wrote lies in several files, one or more per process.) A checkpoint is written
+under another name and renamed when all of it is on the disk, so killing the program at any moment
+leaves the previous ones whole. Nothing is pickled: loading runs no code.
+
+This module finds and reads checkpoints; runtime/sharded_checkpoint.py writes them.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from runtime.files import fsync, write_json
-
 TENSORS, META = "tensors.safetensors", "checkpoint.json"
-
-
-class NonFiniteError(RuntimeError):
-    """The loss, the gradient or the weights are no longer finite."""
 
 
 class Checkpoints:
@@ -52,47 +49,11 @@ class Checkpoints:
             path.rename(path.with_suffix(".damaged"))
         return damaged
 
-    def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Tensor],
-        meta: Mapping[str, Any],
-        val_loss: float | None,
-    ) -> Path:
-        """Write a checkpoint and remove those that are no longer kept; returns its folder.
-
-        Raises NonFiniteError, writing nothing, if a tensor holds NaN or infinity, and OSError if
-        the disk does not take it; the checkpoints that were there stay.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        bad = [name for name, t in host.items() if not torch.isfinite(t).all()]
-        if bad:
-            raise NonFiniteError(f"{bad[0]} is not finite after step {step}")
-        final, temporary = self.path(step), self.folder / f"step_{step:08d}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-            save_file(host, temporary / TENSORS)
-            fsync(temporary / TENSORS)
-            write_json(temporary / META, {**meta, "step": step, "val_loss": val_loss})
-            if final.exists():  # written before, by a run that was resumed from an older one
-                self._remove(step)
-            temporary.rename(final)
-        except (OSError, SafetensorError) as error:
-            raise OSError(
-                f"cannot write the checkpoint {final} ({error}): make room, then the same command "
-                f"continues from the one before"
-            ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        fsync(self.folder)
+    def prune(self) -> None:
+        """Remove those that are no longer kept."""
         kept = {*self.steps()[-self.keep :], self.best()}
         for old in set(self.steps()) - kept:
-            self._remove(old)
-        return final
+            self.remove(old)
 
     def best(self) -> int | None:
         """Step of the checkpoint with the lowest validation loss, if any was evaluated."""
@@ -102,7 +63,7 @@ class Checkpoints:
         measured = {step: loss for step, loss in losses.items() if loss is not None}
         return min(measured, key=measured.__getitem__, default=None)
 
-    def _remove(self, step: int) -> None:
+    def remove(self, step: int) -> None:
         doomed = self.path(step).rename(self.folder / f"removed_{step:08d}.tmp")
         shutil.rmtree(doomed, ignore_errors=True)
 
@@ -112,18 +73,38 @@ def is_whole(path: Path) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path / TENSORS, "pt"):
-            return isinstance(json.loads((path / META).read_text()), dict)
-    except (OSError, ValueError, SafetensorError):
+        files = json.loads((path / META).read_text()).get("files", {TENSORS: None})
+        for name, size in files.items():
+            if size is not None and (path / name).stat().st_size != size:
+                return False
+            with safe_open(path / name, "pt"):
+                pass
+    except (OSError, ValueError, AttributeError, SafetensorError):
         return False
+    return True
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of one checkpoint folder. Raises ValueError if it is not whole."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def read_meta(path: Path) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors. ValueError if it is not whole."""
+    if not is_whole(path):
+        raise ValueError(f"{path} is not a complete checkpoint: take another of {path.parent}")
+    meta: dict[str, Any] = json.loads((path / META).read_text())
+    return meta
 
-    try:
-        return load_file(path / TENSORS), json.loads((path / META).read_text())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a complete checkpoint: {error}") from None
+
+def load(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint whose names start with ``prefix``, whole and on the CPU,
+    whichever processes wrote it; and its metadata. Raises ValueError if it is not whole."""
+    import torch.distributed.checkpoint as dcp
+
+    meta = read_meta(path)
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    tensors = {
+        name: torch.empty(x.size, dtype=x.properties.dtype)  # type: ignore[union-attr]
+        for name, x in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(prefix)
+    }
+    with warnings.catch_warnings():  # that one process reads alone is meant
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors, meta

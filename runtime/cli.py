@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -23,16 +24,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from runtime.checkpoint import NonFiniteError
 from runtime.config import explain, flatten, nearest, unknown
+from runtime.errors import NonFiniteError
+from runtime.processes import Apart, DecidedElsewhere, launched, rank_in_environment
 
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # asked for by the user
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+GRACE = 10.0  # seconds in which rank 0 says what all processes met
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError, OSError, NonFiniteError)
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a hydra main and turn what a user can cause into one line on stderr and exit code 1."""
+    """Run a hydra main and turn what a user can cause into one line on stderr and exit code 1; of
+    many processes, which all meet the same, rank 0 prints it."""
+    global _output
+    if launched():
+        _output = Apart(rank_in_environment())
     if TRACEBACKS:
         return main()
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -49,6 +56,14 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+_output: Apart | None = None
+
+
+def output() -> Apart | None:
+    """Where this process of many prints; None where it is the only one."""
+    return _output
+
+
 def plain_errors(job: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     """Stands between hydra.main and the job, because Hydra puts a line of its own, with all
     overrides, before the error of a job. In a sweep that line says which trial it was, and the
@@ -60,6 +75,9 @@ def plain_errors(job: Callable[[DictConfig], None]) -> Callable[[DictConfig], No
             job(tree)
         except BrokenPipeError:
             raise
+        except DecidedElsewhere:
+            time.sleep(GRACE)  # rank 0 is saying why; torchrun ends it when this process ends
+            sys.exit(1)
         except MISTAKES as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 _record_failure(error)
@@ -85,7 +103,11 @@ def _record_failure(error: BaseException) -> None:
 
 
 def _fail(error: BaseException) -> None:
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    line = f"error: {one_line(error)}"
+    if _output is not None and _output.rank:
+        time.sleep(GRACE)  # rank 0 meets the same and ends the job; else it is this rank's to tell
+        print(f"rank {_output.rank}: {line}", file=_output.terminal, flush=True)
+    print(line, file=sys.stderr)
     sys.exit(1)
 
 

@@ -25,10 +25,8 @@ from data.sources import SPLIT_RULES
 from model import MODELS
 from model.init_from import complete
 from optim import Schedule, create
-
-
-class ConfigError(ValueError):
-    """Something in the configuration is wrong; the message is one clear line."""
+from runtime.errors import ConfigError
+from runtime.parallel import DIVIDE, DTYPES, WRAPPERS, ParallelConfig
 
 
 @dataclass
@@ -61,11 +59,6 @@ class ScheduleConfig:
     decay_fraction: float
     decay_shape: str
     final: float
-
-
-@dataclass
-class ParallelConfig:
-    strategy: str
 
 
 @dataclass
@@ -123,7 +116,10 @@ class Config:
 CHOICES = {
     "train.accumulation": ("mean", "sum"),
     "train.precision": ("auto", "fp32", "bf16", "fp16"),
-    "parallel.strategy": ("none",),
+    "parallel.strategy": tuple(WRAPPERS),
+    "parallel.divide": DIVIDE,
+    "parallel.param_dtype": tuple(DTYPES),
+    "parallel.reduce_dtype": tuple(DTYPES),
     "logging.wandb": ("online", "offline", "disabled"),
     "data.source": KINDS,
     "data.documents": tuple(DOCUMENTS),
@@ -136,11 +132,13 @@ POSITIVE = [
     *("logging.every",),
     *("data.shard_tokens", "data.prefetch", "data.processes", "data.threads"),
     *("schedule.decay_steps", "eval.hellaswag.limit"),
+    *("parallel.timeout", "parallel.shards", "parallel.bucket_mb"),
 ]
 NOT_NEGATIVE = [
     *("train.eval_every", "train.checkpoint_every", "train.sample_tokens", "logging.diagnostics"),
     *("eval.hellaswag.every",),
     *("schedule.warmup_steps", "schedule.warmup_fraction"),
+    *("parallel.check_every", "parallel.prefetch"),
 ]
 
 

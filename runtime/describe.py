@@ -10,14 +10,18 @@ from runtime.config import Config, accumulation
 COLUMNS = ("group", "role", "rule", "correction", "mask", "lr", "weight_decay")
 
 
-def batch_arithmetic(config: Config, context: int) -> str:
+def batch_arithmetic(config: Config, context: int, processes: int = 1) -> str:
     """How the global batch is cut and what the run adds up to."""
     train = config.train
-    micro = train.micro_batch or train.global_batch
+    count = accumulation(train, processes)
+    micro = train.global_batch // (processes * count)
+    cut = f"{count} micro-batches of {micro}"
+    if processes > 1:
+        cut = f"{processes} processes x {cut}"
     tokens = train.global_batch * context
     return (
         f"global batch {train.global_batch} sequences x {context} = {tokens:,} tokens = "
-        f"{accumulation(train)} micro-batches of {micro}; {train.steps:,} steps = "
+        f"{cut}; {train.steps:,} steps = "
         f"{train.steps * tokens:,} tokens"
     )
 

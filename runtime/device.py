@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.config import ConfigError, TrainConfig
+from runtime.config import TrainConfig
+from runtime.errors import ConfigError
+from runtime.processes import Processes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,14 +46,16 @@ class Device:
     scaler: torch.amp.GradScaler  # does nothing unless the precision is fp16
 
     @classmethod
-    def choose(cls, train: TrainConfig) -> Device:
-        """The device that ``train.device`` names ("auto": the best there is). Raises ConfigError
-        for a device or precision that this machine does not have."""
+    def choose(cls, train: TrainConfig, processes: Processes | None = None) -> Device:
+        """The device that ``train.device`` names ("auto": the best there is); of many processes,
+        each has the GPU of its number on its machine. Raises ConfigError for a device or precision
+        that this machine does not have."""
+        processes = processes or Processes()
         if train.threads is not None:
             torch.set_num_threads(train.threads)
         device = torch.device(best_device() if train.device == "auto" else _parse(train.device))
         if device.type == "cuda":
-            device = torch.device("cuda", device.index or 0)
+            device = _gpu(device.index, processes)
             torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
@@ -102,6 +106,22 @@ def best_precision(device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def _gpu(index: int | None, processes: Processes) -> torch.device:
+    """The GPU of this process; ``index`` is that which the user asked for."""
+    if index is not None and processes.size > 1:
+        raise ConfigError(
+            f"train.device=cuda:{index} is one GPU for {processes.size} processes: use cuda or "
+            f"auto, and choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    index, there = processes.local_rank if index is None else index, torch.cuda.device_count()
+    if index >= there:
+        raise ConfigError(
+            f"this machine has {there} GPUs, fewer than processes: use torchrun "
+            f"--nproc_per_node={there}"
+        )
+    return torch.device("cuda", index)
+
+
 def _parse(name: str) -> str:
     try:
         device = torch.device(name)
@@ -113,7 +133,15 @@ def _parse(name: str) -> str:
     return name
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Make torch's random numbers (dropout) a function of (seed, step), so that a resumed run
-    needs no generator state."""
-    torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+def seed_step(seed: int, step: int, micro_batch: int = 0) -> None:
+    """Make torch's random numbers (dropout) a function of (seed, step, number of the micro-batch in
+    the global batch), so that a resumed run needs no generator state, and any number of processes
+    draws the same."""
+    torch.manual_seed((seed * 1_000_003 + step + micro_batch * 0x9E3779B97F4A7C15) % 2**63)
+
+
+def uniform(seed: int, step: int, shape: tuple[int, ...]) -> Tensor:
+    """Numbers in [0, 1) that are a function of (seed, step) alone, on the CPU: those of a global
+    batch, of which every process takes its rows."""
+    own = (seed * 1_000_003 + step + 0x5851F42D4C957F2D) % 2**63
+    return torch.rand(shape, generator=torch.Generator().manual_seed(own))

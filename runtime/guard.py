@@ -22,7 +22,6 @@ from types import TracebackType
 from typing import IO, Any
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 
 from runtime.files import write_json
 
@@ -103,6 +102,8 @@ class Guard:
                 self._tell(f"{where} ended because {reason}")
             raise SystemExit(1) from None
         self._report("error", text)
+        from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
+
         ErrorHandler().record_exception(error)  # for torchrun's summary
         if self.rank == 0 and isinstance(error, self.mistakes):
             return

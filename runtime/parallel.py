@@ -14,19 +14,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from runtime.config import ConfigError
+from runtime.errors import ConfigError
 from runtime.processes import Processes
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from optim.division import Division
+
+DIVIDE = ("all", "matrix", "none")  # what replicas may divide; see optim/division.py
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,6 +63,7 @@ class Parallel:
     processes: Processes
     mesh: DeviceMesh | None = None  # (shard) or (replica, shard) for DTensors; None: whole tensors
     tree: TreeReduction | None = None
+    divide: str = "none"
 
     def rows(self, global_batch: int) -> slice:
         """This process's sequences of the global batch: contiguous, equal for all."""
@@ -76,6 +82,16 @@ class Parallel:
             names = self.mesh.mesh_dim_names or ()
             return self.mesh.get_group("replica") if "replica" in names else None
         return dist.group.WORLD if self.processes.size > 1 else None
+
+    @property
+    def division(self) -> Division | None:
+        """How the optimizer divides its work; None: there is one process."""
+        if self.processes.control is None:
+            return None
+        from optim.division import Division
+        from optim.transport import Transport
+
+        return Division(Transport.over(self.shards, self.replicas), self.divide)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -147,7 +163,8 @@ def parallelize(
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # names stay
     wrap = WRAPPERS[config.strategy] if processes.control is not None else alone
-    return wrap(model, blocks, config, processes, device, compile)
+    made = wrap(model, blocks, config, processes, device, compile)
+    return replace(made, divide=config.divide)
 
 
 def check_fit(config: ParallelConfig, processes: Processes) -> None:
@@ -193,12 +210,15 @@ def alone(
     device: torch.device,
     compile: bool,
 ) -> Parallel:
-    if compile:
-        model.compile(dynamic=False)
     tree = (
         TreeReduction(list(model.parameters()), processes) if config.deterministic_reduce else None
     )
-    return Parallel(model, model, processes, tree=tree)
+    return Parallel(model, compiled(model, compile), processes, tree=tree)
+
+
+def compiled(model: nn.Module, compile: bool) -> nn.Module:
+    """The model to call in training; the given one stays as it is, for sampling from."""
+    return cast(nn.Module, torch.compile(model, dynamic=False)) if compile else model
 
 
 def ddp(
@@ -211,10 +231,8 @@ def ddp(
 ) -> Parallel:
     if config.deterministic_reduce:  # which replaces what the wrapper would do
         return alone(model, blocks, config, processes, device, compile)
-    if compile:
-        model.compile(dynamic=False)
     wrapped = nn.parallel.DistributedDataParallel(
-        model,
+        compiled(model, compile),
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=config.gradient_as_bucket_view,
         static_graph=config.static_graph,
@@ -231,6 +249,8 @@ def fsdp(
     device: torch.device,
     compile: bool,
 ) -> Parallel:
+    from torch.distributed.device_mesh import init_device_mesh
+
     mesh = init_device_mesh(device.type, (processes.size,), mesh_dim_names=("shard",))
     return _shard(model, blocks, config, processes, mesh, compile)
 
@@ -243,6 +263,8 @@ def hsdp(
     device: torch.device,
     compile: bool,
 ) -> Parallel:
+    from torch.distributed.device_mesh import init_device_mesh
+
     shards = config.shards or local_size()
     shape = (processes.size // shards, shards)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard"))

@@ -82,6 +82,12 @@ class Processes:
         self.store.set(key, pickle.dumps((value, None)).hex())
         return value
 
+    def first_then_all(self, make: Callable[[], T]) -> T:
+        """``make()`` of every process, but first of rank 0, which prepares what all need."""
+        made: list[T] = []
+        self.decide(lambda: made.append(make()))
+        return made[0] if made else make()
+
     def barrier(self) -> None:
         """Wait for all; RuntimeError on rank 0 naming those that did not come in time."""
         if self.control is not None:
@@ -111,6 +117,9 @@ class Processes:
             self.control = self.store = None
 
 
+_joined = 0  # times that this program has: a sweep does once per trial
+
+
 def launched() -> bool:
     """Whether torchrun (or another launcher with its environment) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -132,9 +141,12 @@ def join(timeout: float = 600.0) -> Processes:
         # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, as scripts/nodes.sh does.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt {attempt}", store)
+    global _joined
+    store = dist.PrefixStore(f"join {_joined}", store)
+    _joined += 1
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     backend = "gloo"
-    if torch.cuda.is_available():
+    if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)  # before NCCL chooses one by itself
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)

@@ -2,7 +2,8 @@
 
 The loop hands over each update's figures as tensors that are still being computed (`expect`), and
 asks for them one step later (`settle`), when reading them no longer waits. Every step's loss and
-gradient norm are checked; only every ``logging.every``-th step is written.
+gradient norm are checked; only every ``logging.every``-th step is written. Of many processes each
+checks, and stops where the others do; rank 0 writes.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from torch import Tensor
 from data.corpus import Corpus
 from optim import Optimizer
 from optim.diagnostics import Diagnostics
-from runtime.checkpoint import NonFiniteError
 from runtime.config import Config
 from runtime.console import Console
 from runtime.describe import batch_arithmetic, full_table, parameter_table
 from runtime.device import Device
 from runtime.environment import environment
+from runtime.errors import NonFiniteError
 from runtime.files import atomic_write_text, write_json
 from runtime.metrics import MetricsLog
 from runtime.mirrors import open_mirrors
+from runtime.processes import Processes
 from runtime.run import SUMMARY, Run, save_config
 
 
@@ -38,7 +40,7 @@ class Figures(NamedTuple):
     """Of one update, on the device: ``step`` is its number, counted from 1."""
 
     step: int
-    losses: Tensor  # mean loss of each micro-batch, in nats per token
+    losses: Tensor  # mean loss of each micro-batch of the global batch, in nats per token
     grad_norm: Tensor  # before clipping
     lr: float
 
@@ -47,13 +49,23 @@ class Record:
     """The record of one run by one process; a context manager that closes its files."""
 
     def __init__(
-        self, config: Config, run: Run, device: Device, model: Any, corpus: Corpus
+        self,
+        config: Config,
+        run: Run,
+        device: Device,
+        model: Any,
+        corpus: Corpus,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes()
+        self.writes = self.processes.first
         self.config, self.run, self.device = config, run, device
         self.model, self.corpus = model, corpus
         self.context = model.config.context
         self.tokens_per_step = config.train.global_batch * self.context
-        self.console = Console(run.dir / "log.txt", config.train.steps)
+        log = run.dir / "log.txt" if self.writes else None
+        self.console = Console(log, config.train.steps, quiet=not self.writes)
+        self.metrics: MetricsLog | None = None
         self.summary: dict[str, Any] = {}
         self._bigram: float | None = None
         self._pending: Figures | None = None
@@ -64,6 +76,13 @@ class Record:
 
     def start(self, step: int, optimizer: Optimizer) -> None:
         """Open metrics and mirrors at ``step``, and write the header of a run that is new."""
+        self._started = self._marked = time.monotonic()
+        self._mark = step
+        if self.writes:
+            self._begin(step, optimizer)
+            self._started = self._marked = time.monotonic()
+
+    def _begin(self, step: int, optimizer: Optimizer) -> None:
         config, run = self.config, self.run
         # bits per byte of the byte-bigram model on the validation text: the mark to beat
         bigram = self.corpus.bigram_bits_per_byte()
@@ -96,8 +115,6 @@ class Record:
             self.say(
                 f"mark  a byte-bigram model: {bigram:.4f} bits per byte of this validation text"
             )
-        self._started = self._marked = time.monotonic()
-        self._mark = step
 
     def _say_header(self, optimizer: Optimizer) -> None:
         config, model = self.config, self.model
@@ -108,7 +125,7 @@ class Record:
             f"model {model.num_parameters():,} parameters; {flops.palm:,} FLOPs per token "
             f"(PaLM's count; {flops.causal:,} with causal attention)\n"
             f"data  {self.corpus}\n"
-            f"batch {batch_arithmetic(config, self.context)}\n"
+            f"batch {batch_arithmetic(config, self.context, self.processes.size)}\n"
             f"on    {self.device.name}, {self.device.precision}, "
             f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
         )
@@ -166,7 +183,7 @@ class Record:
             for name, value in (downstream or {}).items():
                 text += f"  {name.removeprefix('eval/')} {value:.4f}"
             self.say(text)
-        if due or measured or val_loss is not None:
+        if self.metrics is not None and (due or measured or val_loss is not None):
             self.metrics.log(step, step * self.tokens_per_step, self.elapsed, values)
         if due:
             self.console.progress(step, **shown)
@@ -230,7 +247,8 @@ class Record:
         self._elapsed, self._best = meta["elapsed_s"], meta["best_val_loss"]
 
     def flush(self) -> None:
-        self.metrics.flush()
+        if self.metrics is not None:
+            self.metrics.flush()
 
     def finish(self, step: int, val_loss: float | None, stopped: str | None) -> dict[str, Any]:
         """Write and return summary.json."""
@@ -250,9 +268,11 @@ class Record:
             "flops_per_token": self.model.flops_per_token(self.context).palm,
             "data": self.corpus.fingerprint,
             "device": self.device.name,
+            "processes": self.processes.size,
             "precision": self.device.precision,
         }
-        write_json(self.run.dir / SUMMARY, self.summary)
+        if self.writes:
+            write_json(self.run.dir / SUMMARY, self.summary)
         word = "finished" if finished else f"stopped by {stopped}; the same command continues it"
         self.say(f"{word}: {step:,} steps in {self.elapsed:.0f} s; everything is in {self.run.dir}")
         return self.summary
@@ -268,7 +288,8 @@ class Record:
     ) -> None:
         if error is not None:
             self.console.say(f"ended by {type(error).__name__}: {error}")
-        self.metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
         self.console.close()
 
 

@@ -15,28 +15,36 @@ import glob
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import OmegaConf
 
 from runtime.checkpoint import Checkpoints, is_whole
-from runtime.config import Config, ConfigError, trajectory
+from runtime.config import Config, trajectory
+from runtime.errors import ConfigError
 from runtime.files import atomic_write_text, json_safe, write_json
+from runtime.processes import Processes
 
 CONFIG, TRAJECTORY, SUMMARY = "config.yaml", "trajectory.json", "summary.json"
 LOCK = ".run.lock"
-BEFORE_THE_START = {LOCK, "log.txt"}  # all that a run has while its parts are being built
+BEFORE_THE_START = {
+    LOCK,
+    "log.txt",
+    "logs",
+    "errors",
+}  # all that a run has while its parts are being built
 
 
 @dataclass
 class Run:
-    """A run directory that this process owns. ``start`` is the checkpoint to continue from (None:
-    from the beginning); ``finished`` says that there is nothing left to do."""
+    """A run directory that this process owns, or of many processes rank 0. ``start`` is the
+    checkpoint to continue from (None: from the beginning); ``finished`` says that there is nothing
+    left to do."""
 
     dir: Path
-    lock: IO[str]
+    lock: IO[str] | None  # None on other ranks
     checkpoints: Checkpoints
     start: Path | None
     continued: bool
@@ -49,8 +57,10 @@ class Run:
 
     def close(self) -> None:
         """Give the lock back. A run that a mistake ended before it began leaves no folder."""
+        if self.lock is None:
+            return
         if {path.name for path in self.dir.iterdir()} <= BEFORE_THE_START:
-            shutil.rmtree(self.dir)
+            shutil.rmtree(self.dir, ignore_errors=True)  # other ranks may be writing to logs/
         self.lock.close()
 
 
@@ -83,6 +93,18 @@ def open_run(config: Config) -> Run:
             except InUse:
                 continue
     return _open(_new_folder(config), config, strict=True, fork=source)
+
+
+def open_for_all(config: Config, processes: Processes) -> Run:
+    """The same run on every rank: rank 0 finds or makes it (`open_run`), and holds its lock."""
+    opened: list[Run] = []
+
+    def decide() -> Run:
+        opened.append(open_run(config))
+        return replace(opened[0], lock=None)
+
+    run = processes.decide(decide)
+    return opened[0] if opened else run
 
 
 class InUse(ConfigError):

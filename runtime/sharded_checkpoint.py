@@ -16,21 +16,21 @@ renames when all processes' bytes are on the disk.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from runtime.checkpoint import META, TENSORS, Checkpoints, NonFiniteError
+from runtime.checkpoint import META, TENSORS, Checkpoints, load
+from runtime.errors import NonFiniteError
 from runtime.files import atomic_path, fsync, write_json
 from runtime.processes import Processes
 
@@ -46,6 +46,7 @@ class SharedCheckpoints(Checkpoints):
         self._group = dist.new_group(backend="gloo") if processes.control is not None else None
         self._writing: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._target: Path | None = None
 
     def save(
         self,
@@ -60,11 +61,15 @@ class SharedCheckpoints(Checkpoints):
         Raises NonFiniteError, writing nothing, if a tensor holds NaN or infinity.
         """
         self.wait()
-        check_finite(tensors, step)
+        self._check_finite(tensors, step)
         final, temporary = self.path(step), self.folder / f"step_{step:08d}.tmp"
+        self._target = final
         if self.processes.first:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            try:
+                temporary.mkdir(parents=True)
+            except OSError as error:
+                raise self._failure(error) from error
         self.processes.barrier()
         written = self._start(dict(tensors), temporary)
         content = {**meta, "step": step, "val_loss": val_loss}
@@ -76,6 +81,8 @@ class SharedCheckpoints(Checkpoints):
                     self._commit(temporary, final, content)
             except BaseException as error:  # raised by the next wait
                 self._error = error
+                if self.processes.size == 1:
+                    shutil.rmtree(temporary, ignore_errors=True)
 
         self._writing = threading.Thread(target=finish, name="checkpoint", daemon=True)
         self._writing.start()
@@ -88,10 +95,32 @@ class SharedCheckpoints(Checkpoints):
         self._writing.join()
         self._writing, error, self._error = None, self._error, None
         if error is not None:
-            raise OSError(
-                f"cannot write the checkpoint ({error}): make room, then the same command "
-                f"continues from the one before"
-            ) from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: BaseException) -> OSError:
+        return OSError(
+            f"cannot write the checkpoint {self._target} ({error}): make room, then the same "
+            f"command continues from the one before"
+        )
+
+    def _check_finite(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        found = self.processes.gather(not_finite(tensors))
+        if (bad := next((name for name in found if name is not None), None)) is not None:
+            raise NonFiniteError(f"{bad} is not finite after step {step}")
+
+    def __enter__(self) -> SharedCheckpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """What was begun is finished, unless an error may have ended the others already."""
+        together = error is None or isinstance(error, NonFiniteError)  # which all raise at once
+        if together or self.processes.size == 1:
+            self.wait()
 
     def _start(self, tensors: dict[str, Tensor], folder: Path) -> Any:
         """Copy the tensors and write the copies in the background; what it returns waits."""
@@ -111,12 +140,10 @@ class SharedCheckpoints(Checkpoints):
         write_json(temporary / META, {**content, "files": sizes})
         fsync(temporary)
         if final.exists():  # written before, by a run that was resumed from an older one
-            self._remove(int(final.name.removeprefix("step_")))
+            self.remove(int(final.name.removeprefix("step_")))
         os.rename(temporary, final)
         fsync(self.folder)
-        kept = {*self.steps()[-self.keep :], self.best()}
-        for old in set(self.steps()) - kept:
-            self._remove(old)
+        self.prune()
 
 
 def write_alone(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -130,40 +157,14 @@ def write_alone(tensors: Mapping[str, Tensor], path: Path) -> None:
     fsync(path)
 
 
-def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
-    """NonFiniteError naming the first tensor that holds NaN or infinity. Reads the device once."""
-    local = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor that holds NaN or infinity. Reads the device once."""
+    local = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in tensors.items()}
     if not local:
-        return
+        return None
     device = next(iter(local.values())).device
     finite = torch.stack([torch.isfinite(t).all().to(device) for t in local.values()])
-    if not finite.all():
-        bad = list(local)[int((~finite).int().argmax())]
-        raise NonFiniteError(f"{bad} is not finite after step {step}")
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint has all its bytes, without reading the tensors."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        files = json.loads((path / META).read_text()).get("files", {TENSORS: None})
-        for name, size in files.items():
-            if size is not None and (path / name).stat().st_size != size:
-                return False
-            with safe_open(path / name, "pt"):
-                pass
-    except (OSError, ValueError, AttributeError, SafetensorError):
-        return False
-    return True
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """What a checkpoint says beside its tensors. ValueError if it is not whole."""
-    if not is_whole(path):
-        raise ValueError(f"{path} is not a complete checkpoint")
-    meta: dict[str, Any] = json.loads((path / META).read_text())
-    return meta
+    return None if finite.all() else list(local)[int((~finite).int().argmax())]
 
 
 @torch.no_grad()
@@ -182,38 +183,35 @@ def load_into(path: Path, tensors: Mapping[str, Tensor], processes: Processes) -
     }
     asked = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     together = {name: x for part in processes.gather(asked) for name, x in part.items()}
-    if together.keys() != stored.keys():
-        missing, extra = (
-            sorted(together.keys() - stored.keys()),
-            sorted(stored.keys() - together.keys()),
+    for part, what in KINDS.items():
+        problem = _difference(
+            {name: x for name, x in stored.items() if name.startswith(part)},
+            {name: x for name, x in together.items() if name.startswith(part)},
         )
-        raise ValueError(
-            f"{path} is of another model or optimizer: it lacks {len(missing)} tensors "
-            f"{missing[:3]}, and has {len(extra)} that are not asked for {extra[:3]}"
-        )
-    for name, (shape, dtype) in together.items():
-        if (shape, dtype) != stored[name]:
-            raise ValueError(
-                f"{path} has {name} as {stored[name][1]} {stored[name][0]}, "
-                f"expected {dtype} {shape}"
-            )
+        if problem is not None:
+            raise ValueError(f"{path} {what}: {problem}")
     _load(dict(tensors), reader, processes.control)
 
 
-def load_whole(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """All tensors of a checkpoint whose names start with ``prefix``, whole, on the CPU, whichever
-    processes wrote it."""
-    import torch.distributed.checkpoint as dcp
+KINDS = {  # of tensors, by the start of their names; and what it means if they are others
+    "model.": "holds another model than model=",
+    "optim.": "goes with other settings: the saved optimizer state is another optimizer's",
+}
+Kind = tuple[tuple[int, ...], torch.dtype]  # shape and dtype
 
-    read_meta(path)
-    reader = dcp.HuggingFaceStorageReader(str(path))
-    tensors = {
-        name: torch.empty(x.size, dtype=x.properties.dtype)  # type: ignore[union-attr]
-        for name, x in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(prefix)
-    }
-    _load(tensors, reader, None)
-    return tensors
+
+def _difference(stored: Mapping[str, Kind], asked: Mapping[str, Kind]) -> str | None:
+    """How what is asked for differs from what is stored, if it does."""
+    if stored.keys() != asked.keys():
+        missing, extra = sorted(asked.keys() - stored.keys()), sorted(stored.keys() - asked.keys())
+        return f"{len(missing)} missing {missing[:3]}, {len(extra)} left over {extra[:3]}"
+    for name, (shape, dtype) in asked.items():
+        if (shape, dtype) != stored[name]:
+            return (
+                f"size mismatch for {name.partition('.')[2]}: saved {stored[name][1]} "
+                f"{stored[name][0]}, expected {dtype} {shape}"
+            )
+    return None
 
 
 def _load(tensors: dict[str, Any], reader: Any, group: dist.ProcessGroup | None) -> None:
@@ -229,4 +227,4 @@ def export(path: Path, file: Path, prefix: str = "") -> None:
     from safetensors.torch import save_file
 
     with atomic_path(file) as temporary:
-        save_file(load_whole(path, prefix), temporary)
+        save_file(load(path, prefix)[0], temporary)

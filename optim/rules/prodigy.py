@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from optim.lockstep import total
 from optim.rule import (
     Granularity,
     Rule,
@@ -75,11 +76,12 @@ class Prodigy(Rule):
     def direction(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
         d, (beta1, beta2) = state["d"], self.betas
         start = ema_(state["start"], param.to(grad.dtype), after_first(step))
-        state["inner"].copy_((grad * (start - param)).sum())
         m = state["exp_avg"].mul_(beta1).add_(grad * (d * (1 - beta1)))
         v = state["exp_avg_sq"].mul_(beta2).add_(grad * grad * (d * d * (1 - beta2)))
         s = state["s"].mul_(self.decay).add_(grad * (d * d / self.d0))
-        state["s_norm"].copy_(s.abs().sum())
+        inner, s_norm = total((grad * (start - param)).sum(), s.abs().sum())
+        state["inner"].copy_(inner)
+        state["s_norm"].copy_(s_norm)
         return m / (root(v) + (d * self.eps).clamp(min=torch.finfo(d.dtype).tiny))
 
     def apply(

@@ -16,7 +16,9 @@ this does not; eigenvalues below the factors' resolution are raised to it (optim
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -72,6 +74,17 @@ class Shampoo(Rule):
     @property
     def momentum(self) -> float:
         return self.betas[0]
+
+    def work(self, shape: Sequence[int]) -> int:
+        """Of each block: its products with factors and roots, and the decompositions, each worth
+        about ten products of its size, divided by how rarely they are done."""
+        fused = self.fused if len(shape) == 2 else 1
+        whole, work = (shape[0] // fused, *shape[1:], 1)[:2], 0
+        for r, c in blocks(whole, self.max_dim):
+            block = (r.stop - r.start, c.stop - c.start)
+            for side in block[: len(shape)]:
+                work += 2 * side * prod(block) + 10 * side**3 // self.precondition_frequency
+        return work * fused
 
     @state_of_fused
     def init_state(self, param: Tensor) -> State:

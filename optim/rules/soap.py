@@ -14,7 +14,9 @@ than ``max_precond_dim`` are not rotated, vectors not at all, which leaves Adam 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -59,6 +61,17 @@ class Soap(Rule):
     @property
     def momentum(self) -> float:
         return self.betas[0]
+
+    def work(self, shape: Sequence[int]) -> int:
+        """Rotations there and back and the factors' products on each side, and the new bases, each
+        worth about six products of its size, divided by how rarely they are taken."""
+        if len(shape) == 1:
+            return prod(shape)
+        rows, cols = shape[0] // self.fused, shape[1]
+        sides = [side for side in (rows, cols) if side <= self.max_precond_dim]
+        often = sum(3 * side * rows * cols for side in sides)
+        bases = sum(6 * side**3 for side in sides) // self.precondition_frequency
+        return (rows * cols + often + bases) * self.fused
 
     @state_of_fused
     def init_state(self, param: Tensor) -> State:

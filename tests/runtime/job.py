@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from runtime.config import ConfigError
+from runtime.errors import ConfigError
 from runtime.guard import Guard
 from runtime.processes import Apart, DecidedElsewhere, join, rank_in_environment
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from workers import WorkerError, run
 
 from model.gpt2 import GPT2, GPT2Config
-from runtime.config import ConfigError
+from runtime.errors import ConfigError
 from runtime.parallel import (
     DivergedError,
     ParallelConfig,

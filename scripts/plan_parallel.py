@@ -1,0 +1,120 @@
+"""Write the generated tables of docs/distributed.md: python -m scripts.plan_parallel
+
+What each optimizer sends follows from the granularity of its rules. Memory is counted on models
+that have shapes but no data: weights and gradients in float32, and the optimizer's state. A test
+compares the page with what this would write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import OmegaConf
+
+from model import GPT2, GPT2Config
+from optim import create, create_optimizer, list_optimizers
+from optim.correction import CORRECTIONS, NoCorrection
+from optim.rules import build_rule
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "distributed.md"
+BEGIN, END = "<!-- generated: python -m scripts.plan_parallel -->", "<!-- end -->"
+MODELS = ("gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_xl")
+GPUS = 8
+SUMS = "sums of whole tensors, in one all-reduce for all tensors at a time"
+DDP = {
+    "element": "updated rows to all",
+    "tensor": f"{SUMS}; updated rows to all",
+    "matrix": "updates of matrices from their owners to all",
+}
+FSDP = {
+    "element": "nothing",
+    "tensor": SUMS,
+    "matrix": "gradients of matrices to their owners and updates back, rows only",
+}
+HSDP = {
+    "element": "updated rows to the other replicas",
+    "tensor": f"{SUMS}; updated rows to the other replicas",
+    "matrix": "as FSDP2 within the replica that owns a matrix, then rows to the other replicas",
+}
+
+
+def main() -> None:
+    PAGE.write_text(document(PAGE.read_text()))
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def document(page: str) -> str:
+    """The page with its generated part renewed."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{generated()}\n{END}{rest.split(END)[1]}"
+
+
+def generated() -> str:
+    every = {name: settings(name) for name in list_optimizers()}
+    kinds: dict[str, list[str]] = {}
+    for name, given in every.items():
+        kinds.setdefault(granularities(given), []).append(name)
+    return "\n\n".join([messages(kinds), memory(every)]) + "\n"
+
+
+def settings(name: str) -> dict[str, Any]:
+    tree = OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/optim/{name}.yaml"))
+    return cast(dict[str, Any], tree)
+
+
+def granularities(given: Mapping[str, Any]) -> str:
+    """Of an optimizer's rules, as "matrix, element"; MARS makes an element rule's a tensor one."""
+    found = set()
+    for group in create.resolve(**given).values():
+        kind = build_rule(group["rule"], group["hyper"]).granularity
+        sums = group["mask"] != "none" or CORRECTIONS[group["correction"]] is not NoCorrection
+        found.add("tensor" if kind == "element" and sums else kind)
+    return ", ".join(kind for kind in ("matrix", "tensor", "element") if kind in found)
+
+
+def messages(kinds: Mapping[str, Sequence[str]]) -> str:
+    rows: list[Sequence[str]] = [("optimizers", "rules", "DDP", "FSDP2", "HSDP")]
+    for kind, names in sorted(kinds.items()):
+        parts = kind.split(", ")
+        cells = (". ".join(f"{p}: {table[p]}" for p in parts) for table in (DDP, FSDP, HSDP))
+        rows.append((", ".join(names), kind, *cells))
+    return table(rows)
+
+
+def memory(every: Mapping[str, dict[str, Any]]) -> str:
+    """GB per GPU, on one and on GPUS: whole, DDP with the state divided, FSDP2."""
+    models = {name: shapes(name) for name in MODELS}
+    rows: list[Sequence[str]] = [("optimizer", *(name.removeprefix("gpt2_") for name in MODELS))]
+    for name, given in every.items():
+        cells = []
+        for model in models.values():
+            optimizer = create_optimizer(named_parameters=model.named_parameters(), **given)
+            state = sum(row["state_bytes"] for row in optimizer.table()) / 1e9
+            own = 8 * model.num_parameters() / 1e9  # weights and gradients
+            parts = (own + state, own + state / GPUS, (own + state) / GPUS)
+            cells.append(" / ".join(f"{gb:.1f}" for gb in parts))
+        rows.append((name, *cells))
+    return table(rows)
+
+
+def shapes(name: str) -> GPT2:
+    given = cast(
+        dict[str, Any], OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/model/{name}.yaml"))
+    )
+    fields = {key: value for key, value in given.items() if key in GPT2Config.__annotations__}
+    fields["vocab_size"] = fields.get("vocab_size") or 50257
+    with torch.device("meta"):
+        return GPT2(GPT2Config(**fields))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+if __name__ == "__main__":
+    main()
