@@ -45,14 +45,7 @@ from model.init_from import initialize
 from optim import Optimizer, Schedule, create_optimizer
 from report.curves import plot_loss
 from runtime.cli import plain_errors, run_command
-from runtime.config import (
-    Config,
-    accumulation,
-    gradient_scale,
-    load,
-    model_config,
-    schedule,
-)
+from runtime.config import Config, accumulation, gradient_scale, load, model_config, schedule
 from runtime.device import Device, seed_step, uniform
 from runtime.guard import Guard
 from runtime.launch import together
@@ -110,7 +103,7 @@ def train(config: Config, run: Run, processes: Processes, guard: Guard) -> dict[
             "the fp16 loss scale needs whole gradients: use train.precision=bf16 or parallel=ddp"
         )
     if config.eval.hellaswag.every and parallel.mesh is not None:
-        raise ValueError("eval.hellaswag needs whole weights: use parallel=ddp, or evaluate the run")
+        raise ValueError("eval.hellaswag needs whole weights: use parallel=ddp or none")
     order = corpus.order(shape.context, every.global_batch, config.seed)
     order.check(every.steps + optimizer.needs_next_batch_gradient)
     own, pin = parallel.rows(every.global_batch), device.device.type == "cuda"

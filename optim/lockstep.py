@@ -39,7 +39,7 @@ def lockstep(tasks: Sequence[Callable[[], T]], reduce: Reduce) -> list[T]:
     """Results of all tasks, run side by side. ``reduce`` gets what all of them have asked `total`
     for since the last time, in order, and returns the sums; tasks may ask for different numbers of
     sums, but each must ask for the same ones on every process."""
-    from greenlet import getcurrent, greenlet  # type: ignore[import-untyped]
+    from greenlet import getcurrent, greenlet
 
     global _suspend
     if _suspend is not None:

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def run(options: Options) -> None:
 
         sizes = [int(size) for size in options.batch_sizes.split(",")]
         quarter = max(1, len(documents) // 4)
-        tried = {size: seconds(lambda size=size: theirs(size, quarter)) for size in sizes}
+        tried = {size: seconds(partial(theirs, size, quarter)) for size in sizes}
         best = min(tried, key=tried.__getitem__)
         contenders: dict[str, Callable[[], Any]] = {
             "lm_eval": lambda: theirs(best, len(documents)),

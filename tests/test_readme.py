@@ -34,7 +34,11 @@ def accepted(overrides: list[str]) -> None:
             load(compose("train", overrides=[*chosen, "run.name=readme"]))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "..." not in c and "--" not in c])
+# (weights from the hub need a network: test_pretrained_start.py begins with a folder)
+CHECKED = [c for c in COMMANDS if not any(part in c for part in ("...", "--", "init_from="))]
+
+
+@pytest.mark.parametrize("command", CHECKED)
 def test_command_is_accepted(command: str) -> None:
     words = shlex.split(command.split("#")[0])
     accepted([word for word in words if word != "-m"])
