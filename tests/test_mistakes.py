@@ -189,7 +189,10 @@ def test_damaged_data(tiny: Command) -> None:
     here(*tiny, *data)
     shard = Path("own/train_00000.bin")
     shard.write_bytes(shard.read_bytes()[:-7])
-    assert re.search(r"train_00000.bin is truncated or damaged: \d+ bytes, expected \d+", here(*tiny, *data).error)
+    assert re.search(
+        r"train_00000.bin is truncated or damaged: \d+ bytes, expected \d+",
+        here(*tiny, *data).error,
+    )
 
 
 def test_data_damaged_in_place(tiny: Command) -> None:
