@@ -31,7 +31,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
 from model import GPT2, Packing
@@ -125,6 +124,8 @@ class Scorer:
         found: list[tuple[int, int, Score]] = []
         with self._ready() as parts, torch.no_grad():
             quiet = None if progress and rank == 0 else True  # None: unless this is no terminal
+            from tqdm import tqdm
+
             with tqdm(total=len(rows), desc=label, unit="row", disable=quiet, leave=False) as bar:
                 for number in own:
                     batch, length, count = batches[number % len(batches)]

@@ -27,7 +27,6 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from data import DataConfig
 from data.corpus import open_corpus
@@ -80,6 +79,8 @@ class Validation:
         # Each process makes as many passes as any other, with nothing to predict in those beyond
         # the last batch: where parameters are sharded, all gather them in every pass.
         own = range(processes.rank, -(-batches // processes.size) * processes.size, processes.size)
+        from tqdm import tqdm
+
         bar = tqdm(own, "validation", unit="batch", disable=not progress or not processes.first)
         sums = torch.stack([self._sum(model, device, batch) for batch in bar]).tolist()
         model.train(was_training)
