@@ -28,12 +28,14 @@ class Progress:
 
 
 @contextmanager
-def progress(title: str, total: int, done: int = 0, unit: str = "B") -> Iterator[Progress]:
-    """A bar from `done` to `total`, of which the latter may be an estimate.
+def progress(
+    title: str, total: int, done: int = 0, unit: str = "B", show: bool = True
+) -> Iterator[Progress]:
+    """A bar from `done` to `total`, of which the latter may be an estimate; none unless ``show``.
 
     tqdm need not be installed where there is no terminal.
     """
-    if not sys.stderr.isatty():
+    if not (show and sys.stderr.isatty()):
         yield Progress()
         return
     from tqdm import tqdm

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from data.progress import progress as progress_bar
 from data.tokenizer import Tokenizer
 from model import GPT2, Packing
 from runtime.device import Device
@@ -123,16 +124,14 @@ class Scorer:
         own = range(rank, -(-len(batches) // size) * size, size)
         found: list[tuple[int, int, Score]] = []
         with self._ready() as parts, torch.no_grad():
-            quiet = None if progress and rank == 0 else True  # None: unless this is no terminal
-            from tqdm import tqdm
-
-            with tqdm(total=len(rows), desc=label, unit="row", disable=quiet, leave=False) as bar:
+            show = progress and rank == 0
+            with progress_bar(label, len(own), unit=" batches", show=show) as bar:
                 for number in own:
                     batch, length, count = batches[number % len(batches)]
                     results = self._pass(parts, batch, length, count, greedy)
                     if number < len(batches):
                         found += results
-                    bar.update(min(len(batch) * size, len(rows) - bar.n))
+                    bar.written(1)
         return _assembled(questions, self.processes.gather(found))
 
     def _batches(self, rows: list[_Row]) -> list[tuple[list[_Row], int, int]]:

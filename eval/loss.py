@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from data import DataConfig
 from data.corpus import open_corpus
 from data.loader import read_windows
+from data.progress import progress as progress_bar
 from data.shards import Split
 from eval.options import run_with_options
 from runtime.device import Device
@@ -79,12 +80,15 @@ class Validation:
         # Each process makes as many passes as any other, with nothing to predict in those beyond
         # the last batch: where parameters are sharded, all gather them in every pass.
         own = range(processes.rank, -(-batches // processes.size) * processes.size, processes.size)
-        from tqdm import tqdm
-
-        bar = tqdm(own, "validation", unit="batch", disable=not progress or not processes.first)
-        sums = torch.stack([self._sum(model, device, batch) for batch in bar]).tolist()
+        sums = []
+        show = progress and processes.first
+        with progress_bar("validation", len(own), unit=" batches", show=show) as bar:
+            for batch in own:
+                sums.append(self._sum(model, device, batch))
+                bar.written(1)
+        values = torch.stack(sums).tolist()
         model.train(was_training)
-        every = [value for values in processes.gather(sums) for value in values]
+        every = [value for part in processes.gather(values) for value in part]
         return math.fsum(every) / self.tokens
 
     def _sum(self, model: nn.Module, device: Device, batch: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import product
+from math import prod
 from typing import Any
 
 import torch
@@ -23,6 +24,34 @@ def blocks(shape: Sequence[int], size: int) -> list[tuple[slice, ...]]:
     where it does not divide."""
     cuts = [[slice(i, min(i + size, n)) for i in range(0, n, size)] for n in shape]
     return list(product(*cuts))
+
+
+def sides(shape: Sequence[int], size: int) -> list[tuple[str, int]]:
+    """("<block>.<side>", its length) for each side of each block of a matrix; of a vector, cut in
+    the same way, for its one side."""
+    cuts = [[s.stop - s.start for s in block] for block in blocks(shape, size)]
+    return [(f"{i}.{side}", n) for i, block in enumerate(cuts) for side, n in enumerate(block)]
+
+
+def factored_work(
+    shape: Sequence[int],
+    fused: int,
+    size: int,
+    longest: int,
+    products: int,
+    decomposition: float,
+) -> int:
+    """Cost of a step of a rule with a factor for each side of each block, in multiplications:
+    ``products`` of the block with a matrix of that side, and a ``decomposition`` of it, worth so
+    many products of its size. Sides longer than ``longest`` have no factor."""
+    fused = fused if len(shape) == 2 else 1
+    work = float(prod(shape))
+    for block in blocks((shape[0] // fused, *shape[1:]), size):
+        lengths = [s.stop - s.start for s in block]
+        for n in lengths:
+            if n <= longest:
+                work += fused * (products * n * prod(lengths) + decomposition * n**3)
+    return int(work)
 
 
 def as_matrices(stack: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
 
 def inverse_root(a: Tensor, exponent: float, eps: float, old: Tensor) -> tuple[Tensor, int]:
     """(a + eps I)^(-exponent) of each matrix, by eigendecomposition, and how many failed.
@@ -45,6 +47,16 @@ def eigenvectors(a: Tensor) -> Tensor:
         except torch.linalg.LinAlgError:
             continue
     return torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
+
+
+def turned(basis: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of power iteration from an orthonormal basis (columns) towards the eigenvectors of
+    ``a``: the new basis qr(a basis), and the order of the old columns that it begins with, by
+    decreasing variance (SOAP, arXiv 2409.11321, Algorithm 4)."""
+    variances = (basis * (a @ basis)).sum(-2)  # diagonal of Q^T A Q
+    order = variances.argsort(-1, descending=True)
+    columns = torch.take_along_dim(basis, order.unsqueeze(-2), -1)
+    return torch.linalg.qr(a @ columns).Q, order
 
 
 def inverse_square_root(a: Tensor, steps: int, beta: float = 0.5) -> Tensor:

@@ -90,6 +90,15 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name}, rule {group['rule']}: {error}") from None
             self.state[param] = {"step": torch.zeros((), dtype=torch.float64), **own}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle keeps; torch's own keeps nothing but state and groups."""
+        return {**super().__getstate__(), "_compile": self._compile}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # `load_state_dict` comes here too
+        for key in ("_compiled", "_lr"):
+            self.__dict__.setdefault(key, {})
+
     @property
     def needs_extra_gradients(self) -> bool:
         """Whether any step needs a gradient besides its own: exact MARS, Sophia."""

@@ -175,7 +175,7 @@ def time_optimizers(part: Part) -> None:
 
 def time_optimizer(part: Part, row: Row, model: nn.Module, fused: torch.optim.Optimizer) -> None:
     """Milliseconds of one update, host included, in turns with torch's fused AdamW."""
-    compile = row["mode"] == "compiled"
+    compile = row["mode"] == "compiled" and not part.smoke
     ours = create_optimizer(row["optimizer"], model.named_parameters(), compile=compile, lr=1e-5)
     row["first_s"] = part.seconds(ours.step)
     ours.step()

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from optim.blocks import as_matrices, blocks, each_fused, state_of_fused
-from optim.matrix_roots import inverse_root
+from optim.blocks import as_matrices, blocks, each_fused, factored_work, sides, state_of_fused
+from optim.matrix_roots import DTYPES, inverse_root
 from optim.norms import matrix_norm
 from optim.rule import (
     Direction,
@@ -40,8 +39,6 @@ from optim.rule import (
     root,
     zeros,
 )
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -76,27 +73,17 @@ class Shampoo(Rule):
         return self.betas[0]
 
     def work(self, shape: Sequence[int]) -> int:
-        """Of each block: its products with factors and roots, and the decompositions, each worth
-        about ten products of its size, divided by how rarely they are done."""
-        fused = self.fused if len(shape) == 2 else 1
-        whole, work = (shape[0] // fused, *shape[1:], 1)[:2], 0
-        for r, c in blocks(whole, self.max_dim):
-            block = (r.stop - r.start, c.stop - c.start)
-            for side in block[: len(shape)]:
-                work += 2 * side * prod(block) + 10 * side**3 // self.precondition_frequency
-        return work * fused
+        often = 10 / self.precondition_frequency  # an eigendecomposition is worth ten products
+        return factored_work(shape, self.fused, self.max_dim, self.max_dim, 2, often)
 
     @state_of_fused
     def init_state(self, param: Tensor) -> State:
         state = {"exp_avg": zeros(param), "failed_roots": zeros(param.new_empty(1))}
         if self.grafting == "adam":
             state["exp_avg_sq"] = zeros(param)
-        dtype, shape = DTYPES[self.factor_dtype], as_matrices(param.unsqueeze(0)).shape[1:]
-        for i, (r, c) in enumerate(blocks(shape, self.max_dim)):
-            for side, length in enumerate((r.stop - r.start, c.stop - c.start)[: param.ndim]):
-                identity = torch.eye(length, dtype=dtype, device=param.device)
-                key, zero = f"{i}.{side}", torch.zeros_like(identity)
-                state |= {f"factor.{key}": zero, f"root.{key}": identity}
+        for key, length in sides(param.shape, self.max_dim):
+            start = torch.eye(length, dtype=DTYPES[self.factor_dtype], device=param.device)
+            state |= {f"factor.{key}": torch.zeros_like(start), f"root.{key}": start}
         return state
 
     def direction_at(self, step: int) -> Direction:
@@ -127,8 +114,7 @@ class Shampoo(Rule):
             for side, block in enumerate((x[:, r, c], x[:, r, c].mT)):
                 if (key := f"factor.{i}.{side}") in state:
                     state[key].mul_(beta2).add_(block @ block.mT * (1 - beta2 or 1.0))
-        m = ema_(state["exp_avg"], grad, beta1)
-        m = m / (1 - beta1**step) if self.bias_correction else m
+        m = ema_(state["exp_avg"], grad, beta1) / (1 - beta1**step if self.bias_correction else 1)
         if self.grafting == "none":
             return m, m
         beta, v = self.grafting_beta2, state["exp_avg_sq"]

@@ -1,29 +1,26 @@
 """SOAP: Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321, Algorithm 3).
 
-    g' = QL^T g QR
+    g' = QL^T g QR              L = EMA(g g^T), R = EMA(g^T g), both with shampoo_beta
     m = EMA(g', beta1),  v = EMA(g'^2, beta2)                 both live in the rotated basis
     u = QL (m / (sqrt(v) + eps)) QR^T * sqrt(1 - beta2^k) / (1 - beta1^k)           k = t - 1
-    L = EMA(g g^T), R = EMA(g^T g) with shampoo_beta
 
 and every ``precondition_frequency`` steps QL, QR follow L, R by one step of power iteration,
 Q <- qr(L Q); v is permuted with the columns' order and m rotated into the new basis. As the
-authors' code (nikhilvyas/SOAP): the first step sets the basis and neither moves nor decays; the
-basis knows past gradients only; weight decay comes after the update, on the new value. Sides longer
-than ``max_precond_dim`` are not rotated, vectors not at all, which leaves Adam (eps raw).
+authors' code (nikhilvyas/SOAP): step 1 only sets the basis, which knows past gradients only, and
+decay comes last. Vectors, and sides longer than ``max_precond_dim``, are not rotated (eps raw).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from optim.blocks import each_fused, state_of_fused
-from optim.matrix_roots import eigenvectors
+from optim.blocks import each_fused, factored_work, state_of_fused
+from optim.matrix_roots import eigenvectors, turned
 from optim.rule import (
     Direction,
     Granularity,
@@ -63,15 +60,9 @@ class Soap(Rule):
         return self.betas[0]
 
     def work(self, shape: Sequence[int]) -> int:
-        """Rotations there and back and the factors' products on each side, and the new bases, each
-        worth about six products of its size, divided by how rarely they are taken."""
-        if len(shape) == 1:
-            return prod(shape)
-        rows, cols = shape[0] // self.fused, shape[1]
-        sides = [side for side in (rows, cols) if side <= self.max_precond_dim]
-        often = sum(3 * side * rows * cols for side in sides)
-        bases = sum(6 * side**3 for side in sides) // self.precondition_frequency
-        return (rows * cols + often + bases) * self.fused
+        longest = self.max_precond_dim if len(shape) == 2 else 0
+        often = 6 / self.precondition_frequency  # a QR is worth about six products
+        return factored_work(shape, self.fused, max(shape), longest, 3, often)
 
     @state_of_fused
     def init_state(self, param: Tensor) -> State:
@@ -104,22 +95,18 @@ class Soap(Rule):
         m = ema_(state["exp_avg"], rotated, beta1)
         v = ema_of_squares_(state["exp_avg_sq"], rotated, beta2)
         correction = (1 - beta1 ** (step - 1)) * (1 - beta2 ** (step - 1)).rsqrt()
-        u = _rotate_back(m / (root(v) + self.eps), state) / correction
-        self._accumulate(grad, state)
-        return u
+        self._accumulate(grad, state)  # for later steps
+        return _rotate_back(m / (root(v) + self.eps), state) / correction
 
     @each_fused
     def with_new_basis(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
         u = self._adam(grad, state, step)
         m = _rotate_back(state["exp_avg"], state)
         for side in _sides(state):
-            factor, basis = state[f"factor.{side}"], state[f"basis.{side}"]
-            variances = (basis * (factor @ basis)).sum(-2)  # diagonal of Q^T L Q
-            order = variances.argsort(-1, descending=True)
-            columns = torch.take_along_dim(basis, order.unsqueeze(-2), -1)
+            basis, order = turned(state[f"basis.{side}"], state[f"factor.{side}"])
             along = order.unsqueeze(-1 - side)
             state["exp_avg_sq"].copy_(torch.take_along_dim(state["exp_avg_sq"], along, side - 2))
-            basis.copy_(torch.linalg.qr(factor @ columns).Q)
+            state[f"basis.{side}"].copy_(basis)
         state["exp_avg"].copy_(_rotate(m, state))
         return u
 

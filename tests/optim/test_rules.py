@@ -6,69 +6,18 @@ import copy
 import io
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch import Tensor, nn
+from toys import Net, advance, assert_equal, every_optimizer, loss_of, make, weights
 
-from optim import Optimizer, create_optimizer, list_optimizers
+from optim import create_optimizer
 from optim.create import SETTINGS, resolve
 from optim.rules import rules
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "optim"
 MATRIX_RULES = [name for name, rule in rules().items() if rule.granularity == "matrix"]
-every_optimizer = pytest.mark.parametrize("name", list_optimizers())
-
-
-class Net(nn.Module):
-    """One parameter of each role, and matrices that are square, wide and tall."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.wte = nn.Embedding(10, 8)
-        self.square, self.wide, self.tall = nn.Linear(8, 8), nn.Linear(12, 8), nn.Linear(8, 12)
-        self.lm_head = nn.Linear(8, 10, bias=False)
-        self.to(dtype)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.wte(tokens)
-        x = x + self.square(torch.tanh(x))
-        x = x + self.wide(torch.tanh(self.tall(x)))
-        return self.lm_head(x).float()
-
-
-def loss_of(model: nn.Module, step: int = 0) -> Tensor:
-    tokens = torch.randint(10, (64,), generator=torch.Generator().manual_seed(step))
-    return nn.functional.cross_entropy(model(tokens), (3 * tokens + 1) % 10)
-
-
-def advance(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, set_to_none: bool = True
-) -> nn.Module:
-    for step in steps:
-        optimizer.zero_grad(set_to_none=set_to_none)
-        loss_of(model, step).backward()
-        optimizer.step()
-        if isinstance(optimizer, Optimizer) and optimizer.needs_hessian_gradient:
-            optimizer.zero_grad(set_to_none=set_to_none)
-            loss_of(model, step).backward()
-            optimizer.store_hessian_gradient()
-    return model
-
-
-def make(model: nn.Module, name: str, **options: Any) -> Optimizer:
-    return create_optimizer(name, model.named_parameters(), **options)
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @every_optimizer
@@ -199,18 +148,6 @@ def test_nadamw_is_torch_nadam_with_a_constant_beta1() -> None:
         advance(model, optimizer, range(10))
     for x, y in zip(weights(a), weights(b), strict=True):
         assert (x - y).abs().max() < 1e-6
-
-
-def test_fused_matrices_are_orthogonalized_each_on_its_own() -> None:
-    fused, single = rules()["muon"](fused=3), rules()["muon"]()
-    grad = torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(0))
-    step = torch.ones((), dtype=torch.float64)
-    together = fused.direction(grad, {"momentum": torch.zeros_like(grad)}, grad, step)
-    for part, whole in zip(grad.chunk(3, dim=-2), together.chunk(3, dim=-2), strict=True):
-        u = single.direction(part, {"momentum": torch.zeros_like(part)}, part, step)
-        assert torch.allclose(u, whole, atol=1e-6)
-    with pytest.raises(ValueError, match=r"square\.weight, rule muon: 8 rows are not 3 fused"):
-        make(Net(), "muon", fused=3)
 
 
 def test_shampoo_treats_blocks_as_matrices_of_their_own() -> None:

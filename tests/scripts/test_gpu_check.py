@@ -42,8 +42,9 @@ def test_smoke(tmp_path: Path) -> None:
     assert rows["card"][0]["torch"] == torch.__version__
     assert rows["card"][0]["bf16_matmul_tflops"] > 0
     assert all("seconds" in row for row in rows["claims"])
-    assert {row["optimizer"] for row in rows["optimizers"]} >= {"adamw", "lion", "mars_adamw"}
-    assert all(row["times_fused"] > 0 for row in rows["optimizers"])
+    timed = [row for row in rows["optimizers"] if "skipped" not in row]  # a busy machine skips some
+    assert {row["optimizer"] for row in timed} >= {"adamw", "lion", "mars_adamw"}
+    assert all(row["times_fused"] > 0 for row in timed)
     (training,) = rows["training"]
     assert training["step"] == 20 and training["val_loss"] < 6
     settings = {(row["size"], row["setting"]) for row in rows["speed"]}
