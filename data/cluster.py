@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data import DataConfig
-from data.prepare import merge, prepare_share
+from data.preparation import merge, prepare_share
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.sources import TextError
+from data.texts import TextError
 
 
 def compression(path: Path) -> str:

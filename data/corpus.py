@@ -22,7 +22,7 @@ from data.foreign import describe
 from data.loader import Loader
 from data.mixture import MixedSplit, create_mixed_order, shares
 from data.order import Order, create_order
-from data.prepare import prepare
+from data.preparation import prepare
 from data.shards import MANIFEST, SPLITS, Manifest, Split, check_vocab, load_split
 from data.sources import SOURCES
 from data.tokenizer import Tokenizer, get_tokenizer

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from data import DataConfig
-from data.sources import Document, Piece, Source, TextError, Texts
 from data.textfiles import ROWS, SAMPLED, expand, file_states, kind, one_line
+from data.texts import Document, Piece, Source, TextError, Texts
 
 # How `datasets` calls the readers of local files.
 READERS = {

@@ -20,7 +20,8 @@ from typing import Any, TextIO
 from data import DataConfig
 from data.formats import VERSION
 from data.shards import MANIFEST, SPLITS, Manifest, open_split
-from data.sources import Source, open_source
+from data.sources import open_source
+from data.texts import Source
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.work import Recipe
 

@@ -5,9 +5,6 @@ source code that every machine already has, enough for a first curve without any
 `text` is the user's own files (data/textfiles.py), `shakespeare` a small file that is downloaded,
 and `huggingface` any data set of the hub (data/huggingface.py).
 
-A source is a sequence of pieces that can be read independently of each other, so that the work can
-be shared and continued; how it is cut into pieces depends on the source alone.
-
 Which documents are kept for validation is decided by the hash of their text, where the source does
 not say it: the choice depends neither on order nor on what else there is, and copies of one
 document never land on both sides.
@@ -21,63 +18,15 @@ import os
 import platform
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from data import DataConfig
-
-
-class TextError(ValueError):
-    """The source itself is unusable; only another source would do."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and the name to report it by.
-
-    `split` is "train" or "val" where the source itself decides, None where the hash does.  A
-    document too long for memory comes in several parts, of which only the last `ends` it;
-    `digest` is then the SHA-256 of the text up to the end of the part.
-    """
-
-    name: str
-    text: str
-    split: str | None = None
-    ends: bool = True
-    digest: bytes | None = None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of a source, which can be read anew at any time, the same each time."""
-
-    name: str
-    documents: Callable[[], Iterator[Document]]
-
-
-@dataclass(frozen=True)
-class Texts:
-    """An opened source.
-
-    `text_bytes` is an estimate, for the disk and the progress bar.  `found` is what stood behind
-    the names in the settings (the commit behind a branch), from which opening it again reads the
-    same.
-    """
-
-    pieces: list[Piece]
-    text_bytes: int
-    found: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A source by its `settings`, JSON, which are all that decides the documents and are known
-    without network; `open` takes what an earlier opening has found, or an empty dictionary."""
-
-    settings: dict[str, Any]
-    open: Callable[[dict[str, Any]], Texts]
+from data.huggingface import open_huggingface
+from data.textfiles import download, open_text
+from data.texts import Document, Piece, Source, TextError, Texts
 
 
 def open_source(config: DataConfig) -> Source:
@@ -152,12 +101,6 @@ SKIPPED_FOLDERS = {
 }  # fmt: skip
 
 
-def _text(config: DataConfig) -> Source:
-    from data import textfiles
-
-    return textfiles.open_text(config)
-
-
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
     "/data/tinyshakespeare/input.txt"
@@ -167,15 +110,13 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 def _shakespeare(config: DataConfig) -> Source:
     """The file, from `data.files` or else downloaded into the cache; its content is checked."""
-    from data import textfiles
-
     settings = {"file_sha256": SHAKESPEARE_SHA256}
 
     def opened(found: dict[str, Any]) -> Texts:
         files, name = config.files, "tinyshakespeare.txt"
         if not files:
-            files = [str(textfiles.download(SHAKESPEARE, Path(config.cache), name))]
-        source = textfiles.open_text(replace(config, files=files))
+            files = [str(download(SHAKESPEARE, Path(config.cache), name))]
+        source = open_text(replace(config, files=files))
         paths = [Path(file["path"]) for file in source.settings["files"]]
         digest = hashlib.sha256(paths[0].read_bytes()).hexdigest()
         if len(paths) != 1 or digest != SHAKESPEARE_SHA256:
@@ -188,15 +129,9 @@ def _shakespeare(config: DataConfig) -> Source:
     return Source(settings, opened)
 
 
-def _huggingface(config: DataConfig) -> Source:
-    from data import huggingface
-
-    return huggingface.open_huggingface(config)
-
-
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {
     "stdlib": _stdlib,
-    "text": _text,
+    "text": open_text,
     "shakespeare": _shakespeare,
-    "huggingface": _huggingface,
+    "huggingface": open_huggingface,
 }

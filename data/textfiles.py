@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from data import DataConfig
 from data.compression import COMPRESSIONS, broken_file, compression, decompressed, readable
-from data.sources import Document, Piece, Source, TextError, Texts
+from data.texts import Document, Piece, Source, TextError, Texts
 
 PART_BYTES = 1 << 20  # a plain text file is read in parts of about this size
 PIECE_BYTES = 1 << 27  # files are joined, or cut where they can be, to pieces of about this size

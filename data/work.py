@@ -27,7 +27,8 @@ import numpy as np
 
 from data.formats import token_dtype
 from data.shards import SPLITS, write_atomically
-from data.sources import Document, Piece, split_of
+from data.sources import split_of
+from data.texts import Document, Piece
 from data.tokenizer import Tokenizer
 
 PART_BYTES = 1 << 26  # characters of text between two records of what is done

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from report.comparison import Comparison, Row
 from report.figures import LEGEND
 from report.page import (
     Cell,
@@ -22,9 +23,6 @@ from report.runs import FINISHED, TRAIN, VAL, Run, gradients_per_update
 from report.settings import Difference, differences
 from report.statistics import METHOD, Estimate, SpeedUp
 from runtime.describe import aligned
-
-if TYPE_CHECKING:
-    from report.compare import Comparison, Row
 
 NOTHING = "-"
 ABOUT = {

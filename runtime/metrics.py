@@ -20,16 +20,23 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from runtime.files import atomic_path, json_safe
-
-if TYPE_CHECKING:
-    from runtime.mirrors import Mirror
 
 FILE_NAME = "metrics.jsonl"
 
 Record = dict[str, Any]
+
+
+class Mirror(Protocol):
+    """Something that shows the records of a run."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one line of metrics.jsonl (`None`: the value was not finite)."""
+
+    def close(self) -> None:
+        """Finish; nothing is written afterwards."""
 
 
 class MetricsLog:

@@ -25,10 +25,10 @@ import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from runtime.files import write_json
-from runtime.metrics import FILE_NAME, Record, read_metrics
+from runtime.metrics import FILE_NAME, Mirror, Record, read_metrics
 
 WANDB_MODES = ("online", "offline", "disabled")
 INIT_TIMEOUT = 10.0  # s, for the wandb server's first answer; then the run is recorded offline
@@ -36,16 +36,6 @@ FINISH_TIMEOUT = 8.0  # s, for wandb's last uploads
 CLOSE_TIMEOUT = 20.0  # s, the longest that the end of a run waits for one mirror
 
 Say = Callable[[str], None]
-
-
-class Mirror(Protocol):
-    """Something that shows the records of a run."""
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Take one line of metrics.jsonl (`None`: the value was not finite)."""
-
-    def close(self) -> None:
-        """Finish; nothing is written afterwards."""
 
 
 class BackgroundMirror:

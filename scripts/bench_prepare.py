@@ -30,7 +30,8 @@ from statistics import median
 import psutil
 
 from data import DataConfig
-from data.sources import Piece, open_source
+from data.sources import open_source
+from data.texts import Piece
 from data.tokenizer import GPT2_PATTERN, get_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +40,7 @@ CHUNK = 32_000_000  # characters of text that tiktoken is given at once: its lis
 PREPARE = """
 import json, sys, time
 from data import DataConfig
-from data.prepare import prepare
+from data.preparation import prepare
 from data.tokenizer import get_tokenizer
 if __name__ == "__main__":
     get_tokenizer("gpt2").encode("loaded before the clock starts")

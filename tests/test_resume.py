@@ -93,7 +93,7 @@ def test_sigkill_at_many_moments(tiny: Command, tmp_path: Path, optimizer: Comma
     reference = here(*command, "run.dir=reference").dir
     inside: list[bool] = []
     attempt = 0
-    while len(inside) < 20:
+    while len(inside) < 10:
         attempt += 1
         name = f"killed_{attempt}"
         inside += survives(

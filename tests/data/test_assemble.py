@@ -14,7 +14,7 @@ from preparation import content, texts
 
 from data import DataConfig, assemble, textfiles, work
 from data.plan import plan
-from data.prepare import prepare
+from data.preparation import prepare
 from data.shards import Manifest
 
 

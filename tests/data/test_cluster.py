@@ -10,7 +10,7 @@ from preparation import content, small_config
 
 from data import DataConfig
 from data.cluster import EXECUTORS, ROOT, Cluster, launch
-from data.prepare import prepare
+from data.preparation import prepare
 
 
 @pytest.fixture

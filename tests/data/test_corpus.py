@@ -16,7 +16,7 @@ from data.bigram import bigram_bits_per_byte
 from data.corpus import KINDS, open_corpus
 from data.documents import document_numbers
 from data.order import create_order
-from data.prepare import prepare
+from data.preparation import prepare
 from data.shards import open_split
 
 

@@ -19,7 +19,7 @@ from preparation import DOCUMENTS, content, texts
 from data import DataConfig, huggingface
 from data.compose import compose_data
 from data.huggingface import PUBLISHED, check_published, permuted_rows
-from data.prepare import merge, prepare, prepare_share
+from data.preparation import merge, prepare, prepare_share
 from data.shards import Manifest, open_split
 
 

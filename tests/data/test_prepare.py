@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 from preparation import DOCUMENTS, content, small_config, texts
 
 from data import DataConfig, work
-from data import prepare as prepare_module
+from data import preparation as prepare_module
 from data.compose import compose_data
-from data.prepare import prepare
+from data.preparation import prepare
 from data.shards import Manifest, open_split
 from data.sources import open_source, split_of
 
@@ -92,7 +92,7 @@ def test_a_long_text_passes_through_little_memory(tmp_path: Path) -> None:
             file.write(f"{i} some words in a line of text\n" * 30_000)
     script = (
         "import resource, sys, tqdm\n"
-        "from data import DataConfig; from data.prepare import prepare\n"
+        "from data import DataConfig; from data.preparation import prepare\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "prepare(DataConfig(source='text', files=[sys.argv[1]], cache=sys.argv[2], threads=2))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
@@ -236,7 +236,7 @@ def test_after_a_full_disk_it_goes_on(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("a line of text\n" * 200_000)
     script = (
         "import resource, signal, sys\n"
-        "from data import DataConfig, work; from data.prepare import prepare\n"
+        "from data import DataConfig, work; from data.preparation import prepare\n"
         "work.PART_BYTES = 1 << 18\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))\n"

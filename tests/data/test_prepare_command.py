@@ -13,7 +13,7 @@ import pytest
 from preparation import content, small_config
 
 from data import DataConfig
-from data.prepare import prepare
+from data.preparation import prepare
 from data.shards import open_split
 from data.verify import verify
 

@@ -19,9 +19,9 @@ import pytest
 from preparation import content, small_config
 
 from data import DataConfig, textfiles, work
-from data import prepare as prepare_module
+from data import preparation as prepare_module
 from data.plan import plan
-from data.prepare import merge, prepare, prepare_share
+from data.preparation import merge, prepare, prepare_share
 from data.shards import MANIFEST
 from data.work import Journal
 

@@ -16,9 +16,10 @@ import pytest
 from preparation import DOCUMENTS, small_config, texts
 
 from data import DataConfig, textfiles
-from data.prepare import prepare
+from data.preparation import prepare
 from data.shards import open_split
-from data.sources import Document, open_source
+from data.sources import open_source
+from data.texts import Document
 from data.tokenizer import get_tokenizer
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from data import DataConfig
 from data.documents import document_numbers
-from data.prepare import prepare
+from data.preparation import prepare
 from data.shards import Split, open_split
 from eval.checkpoint import open_device
 from eval.loss import Options, Validation, run
