@@ -44,11 +44,14 @@ from model.document_mask import WithDocuments
 from model.init_from import initialize
 from optim import Optimizer, Schedule, create_optimizer
 from report.curves import plot_loss
+from runtime.attention import attention, settle_attention
+from runtime.between_steps import between_steps
 from runtime.cli import plain_errors, run_command
 from runtime.config import Config, accumulation, gradient_scale, load, model_config, schedule
 from runtime.device import Device, seed_step, uniform
 from runtime.guard import Guard
 from runtime.launch import together
+from runtime.micro_batch import settle_micro_batch
 from runtime.parallel import Parallel, parallelize
 from runtime.processes import Processes
 from runtime.record import Figures, Record
@@ -83,10 +86,11 @@ def train(config: Config, run: Run, processes: Processes, guard: Guard) -> dict[
     family, shape = MODELS[config.model["name"]], model_config(config, corpus.tokenizer.vocab_size)
     corpus.check_vocab(shape.vocab_size)
     torch.manual_seed(config.seed)
-    model = family.network(shape).to(device.device)
+    model = device.prepare(family.network(shape), every)
     if config.model["init_from"] is not None and run.start is None:
         initialize(model, config.model["init_from"])
-    parallel = parallelize(model, config.parallel, processes, device.device, every.compile)
+    mode = every.compile_mode if every.compile else None
+    parallel = parallelize(model, config.parallel, processes, device.device, mode)
     optimizer = create_optimizer(
         named_parameters=model.named_parameters(),
         compile=every.compile,
@@ -102,13 +106,13 @@ def train(config: Config, run: Run, processes: Processes, guard: Guard) -> dict[
         raise ValueError(
             "the fp16 loss scale needs whole gradients: use train.precision=bf16 or parallel=ddp"
         )
-    if config.eval.hellaswag.every and parallel.mesh is not None:
-        raise ValueError("eval.hellaswag needs whole weights: use parallel=ddp or none")
     order = corpus.order(shape.context, every.global_batch, config.seed)
     order.check(every.steps + optimizer.needs_next_batch_gradient)
     own, pin = parallel.rows(every.global_batch), device.device.type == "cuda"
     loader = corpus.loader(order, rows=own, pin_memory=pin)
-    rows = every.micro_batch or every.global_batch // processes.size
+    settle_attention(every, run, processes, device, shape)
+    settle_micro_batch(every, run, parallel, optimizer, device, shape.context)
+    rows = every.global_batch // processes.size // accumulation(every, processes.size)
     validation = Validation(corpus.val, shape.context, every.eval_tokens, rows)
     hellaswag = DuringTraining(config.eval.hellaswag, every, corpus.tokenizer)
     lr_schedule = schedule(config)
@@ -120,7 +124,9 @@ def train(config: Config, run: Run, processes: Processes, guard: Guard) -> dict[
 
     # ---- loop: step counts completed updates
     first = step
-    with loader, StopRequest() as stop, record, checkpoints:
+    attending = between_steps(every.profile, run.dir, processes.rank, record.say)
+    kernels = attention(every.attention)
+    with loader, StopRequest() as stop, record, checkpoints, kernels, attending as after_step:
         while True:
             stopped = processes.any(stop.requested is not None)
             last = step == every.steps or stopped
@@ -154,6 +160,7 @@ def train(config: Config, run: Run, processes: Processes, guard: Guard) -> dict[
             record.settle(step)  # figures of the step before, which have arrived meanwhile
             record.expect(figures)
             step += 1
+            after_step(step)
         checkpoints.wait()
         stopped_by = stop.requested or ("another process" if stopped else None)
         return record.finish(step, val_loss, stopped_by)
@@ -228,7 +235,7 @@ def backward(
                     targets = draw(model, inputs, device.to_device(chosen))
                 loss = model(inputs, targets)
             device.scaler.scale(loss * weight).backward()
-        losses.append(loss.detach())
+        losses.append(loss.detach().clone())  # a CUDA graph's own is overwritten by its next run
     return parallel.losses(torch.stack(losses))
 
 

@@ -75,7 +75,7 @@ class Gpt2:
     eot = 50256
 
     def __init__(self) -> None:
-        self._encoding = _gpt2_encoding()
+        self._encoding = gpt2_encoding()
         # The merges decide the ids, and these are always OpenAI's, by their checksum.
         self.fingerprint = GPT2_SHA256["vocab.bpe"][:16]
 
@@ -108,16 +108,16 @@ class FromFile:
 
         try:
             content = path.read_bytes()
-            self._backend = Backend.from_str(content.decode("utf-8"))
+            self.backend = Backend.from_str(content.decode("utf-8"))
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(
                 f"data.tokenizer={name}: {path} is not a tokenizer.json ({str(error)[:100]})"
             ) from error
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = True  # those in a text are ordinary text
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True  # those in a text are ordinary text
         self.name = name
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         eot = _eot_name(path, vocabulary)
         self.eot = vocabulary[eot]
@@ -125,13 +125,13 @@ class FromFile:
 
     def encode(self, text: str) -> np.ndarray:
         text = text.encode("utf-8", "replace").decode("utf-8")
-        ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        ids = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return np.array(ids, np.uint32)
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
         ids = np.asarray(ids)
         known = ids[ids < self.vocab_size].tolist()
-        text: str = self._backend.decode(known, skip_special_tokens=False)
+        text: str = self.backend.decode(known, skip_special_tokens=False)
         return text
 
 
@@ -239,7 +239,7 @@ def _local_vocabularies() -> Iterator[dict[str, Path]]:
         yield {name: Path(str(data / name)) for name in GPT2_SHA256}
 
 
-def _gpt2_encoding() -> Any:
+def gpt2_encoding() -> Any:
     """A tiktoken.Encoding, from local files where there are any, else by tiktoken's download."""
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks

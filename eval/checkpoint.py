@@ -96,7 +96,7 @@ def _from_run(place: Place, device: torch.device) -> tuple[GPT2, Tokenizer]:
     family = MODELS[config["model"]["name"]]
     names = {field.name for field in fields(family.config)}
     settings = {key: value for key, value in config["model"].items() if key in names}
-    settings = complete(settings, config["model"].get("init_from"))
+    settings = complete(settings, config["model"]["init_from"])
     if settings["vocab_size"] is None:
         settings["vocab_size"] = tokenizer.vocab_size
     with torch.device("meta"):  # nothing is drawn that would be overwritten

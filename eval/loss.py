@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,6 +33,7 @@ from data.loader import read_windows
 from data.progress import progress as progress_bar
 from data.shards import Split
 from eval.options import run_with_options
+from model.document_mask import WithDocuments
 from runtime.device import Device
 from runtime.processes import Processes, join
 
@@ -41,22 +41,10 @@ IGNORED = -100  # a target that F.cross_entropy leaves out
 
 
 class Validation:
-    """``tokens`` (at most, None: all) of a split in windows of ``context``, ``rows`` at a time.
+    """``tokens`` (at most, None: all) of a split in windows of ``context``, ``rows`` at a time."""
 
-    ``documents`` gives the `documents` of the model's forward pass from its inputs, for models that
-    are trained with masked documents (`Corpus.documents`); None: no mask.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        context: int,
-        tokens: int | None,
-        rows: int,
-        documents: Callable[[Tensor], Tensor | None] | None = None,
-    ) -> None:
+    def __init__(self, split: Split, context: int, tokens: int | None, rows: int) -> None:
         self.split, self.context, self.rows = split, context, rows
-        self.documents = documents
         self.offsets = split.validation_offsets(context, tokens)
 
     @property
@@ -72,7 +60,8 @@ class Validation:
         progress: bool = False,
     ) -> float:
         """Mean loss in nats per token, the same on every process; all of them must take part.
-        Reads the device once, at the end."""
+        A model that was trained with masked documents comes as `WithDocuments`. Reads the device
+        once, at the end."""
         processes = processes or Processes()
         was_training = model.training
         model.eval()
@@ -98,11 +87,8 @@ class Validation:
         missing = self.rows - len(windows)
         inputs = device.to_device(F.pad(windows[:, :-1], (0, 0, 0, missing)))
         targets = device.to_device(F.pad(windows[:, 1:], (0, 0, 0, missing), value=IGNORED))
-        extra = {}
-        if self.documents is not None and (numbers := self.documents(inputs)) is not None:
-            extra["documents"] = numbers
         with device.autocast():
-            loss: Tensor = model(inputs, targets, reduction="sum", **extra)
+            loss: Tensor = model(inputs, targets, reduction="sum")
         return loss
 
 
@@ -134,8 +120,9 @@ def run(options: Options) -> None:
     corpus = open_corpus(_data(options, tokenizer.name))
     corpus.check_vocab(model.config.vocab_size)
     split, context = corpus.val, model.config.context
-    validation = Validation(split, context, options.tokens, options.rows, corpus.documents)
-    forward: Any = torch.compile(model, dynamic=False) if options.compile else model
+    validation = Validation(split, context, options.tokens, options.rows)
+    compiled: Any = torch.compile(model, dynamic=False) if options.compile else model
+    forward = WithDocuments(compiled, corpus.documents, device.device.type, dropout=0.0)
     loss = validation.loss(forward, device, processes, progress=True)
     if processes.first:
         size = split.bytes_per_token

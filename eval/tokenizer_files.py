@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer import Bytes, FromFile, Gpt2, Tokenizer, _gpt2_encoding
+from data.tokenizer import Bytes, FromFile, Gpt2, Tokenizer, gpt2_encoding
 
 EOT = "<|endoftext|>"
 Table = tuple[dict[str, int], list[tuple[str, str]]]  # token -> id, merges in their order
@@ -63,7 +63,7 @@ def _write_json(path: Path, values: Any, indent: int | None = 2) -> None:
 
 @cache
 def _gpt2_table() -> Table:
-    encoding = _gpt2_encoding()
+    encoding = gpt2_encoding()
     tokens = [encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token)]
     ranks = {token: rank for rank, token in enumerate(tokens)}
     merges = [_parts(token, ranks) for token in tokens if len(token) > 1]
@@ -102,5 +102,5 @@ def _spell(token: bytes) -> str:
 _FAST: dict[type[Any], Callable[[Any], Any]] = {
     Bytes: lambda own: _fast(({letter: i for i, letter in enumerate(_LETTERS)}, []), own.eot),
     Gpt2: lambda own: _fast(_gpt2_table(), own.eot),
-    FromFile: lambda own: own._backend,
+    FromFile: lambda own: own.backend,
 }

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.document_mask import document_mask, masked_attention
+from model.loss import chunked_cross_entropy
 
 INIT_STD = 0.02  # OpenAI drew the positions with 0.01; nanoGPT and transformers use 0.02 for both
 LAYER_NORM_EPS = 1e-5
@@ -53,9 +54,11 @@ class GPT2Config:
     dropout: float = 0.0  # probability; on embeddings, attention weights and sublayer outputs
     exact_gelu: bool = False  # True: with erf, as nanoGPT; False: tanh, as OpenAI and MARS
     scale_attn_by_inverse_layer_idx: bool = False  # logits / (layer + 1), as the MARS code trains
+    loss_chunks: int = 1  # parts of a micro-batch whose logits exist at a time in training
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "context", "vocab_size", "vocab_multiple"):
+        sizes = ("n_layer", "n_head", "n_embd", "context", "vocab_size", "vocab_multiple")
+        for name in (*sizes, "loss_chunks"):
             size = getattr(self, name)
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"model.{name} is {size!r}: expected a positive integer")
@@ -250,6 +253,8 @@ class GPT2(nn.Module):
     On the meta device nothing is drawn; after `to_empty` call `init_weights`.
     """
 
+    linear = staticmethod(F.linear)  # the head's product; who knows a faster one puts it here
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
@@ -314,7 +319,11 @@ class GPT2(nn.Module):
                 f"{self.config.context}"
             )
         x = self.transformer(tokens, documents=documents, cache=cache)
-        logits = F.linear(x, self.transformer.wte.weight, self._padding_bias(x))
+        weight, bias = self.transformer.wte.weight, self._padding_bias(x)
+        if targets is not None and self.config.loss_chunks > 1:
+            flat, chunks = (x.flatten(0, 1), targets.flatten()), self.config.loss_chunks
+            return chunked_cross_entropy(flat[0], weight, bias, flat[1], reduction, chunks)
+        logits = self.linear(x, weight, bias)
         if targets is None:
             return logits[..., : self.config.vocab_size]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)

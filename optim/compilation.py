@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -61,6 +63,19 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+NORM = torch.ops.aten.linalg_vector_norm.default
+DECOMPOSITIONS = {op: loop for op, loop in select_decomp_table().items() if op is not NORM}
+
+
+def _norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, **dtype: Any) -> Any:
+    """On a CPU the norm of a tensor (`optim.norms.norm`, which drops dimensions) stays a call of
+    torch's kernel: in a loop of inductor's it would have other bits. Norms that keep dimensions,
+    of many rows or columns, are loops."""
+    if x.device.type == "cpu" and not keepdim:
+        return NotImplemented
+    return select_decomp_table()[NORM](x, ord, dim, keepdim, **dtype)
+
+
 def compiled(
     update: Update, params: list[Tensor], grads: list[Tensor], states: list[State], lr: Tensor
 ) -> Update:
@@ -74,11 +89,11 @@ def compiled(
         return ()
 
     inputs = _listed(params, grads, states, lr)
-    graph = make_fx(of_list, tracing_mode="fake")(*inputs)
+    graph = make_fx(of_list, {NORM: _norm}, tracing_mode="fake")(*inputs)
     # inductor looks into its cache only where it finds a context with a shape environment
     context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
     with config.patch(OPTIONS), tracing(context):
-        run: Any = compile_fx(graph, inputs, ignore_shape_env=True)
+        run: Any = compile_fx(graph, inputs, decompositions=DECOMPOSITIONS, ignore_shape_env=True)
     return lambda *arguments: run(*_listed(*arguments))
 
 

@@ -19,12 +19,14 @@ c_t what MARS makes of it (before MARS's own clip; c_t = g_t where there is no c
     gradient_cosine       cos(g_t, g_{t-1})
     gradient_variance     E ||g_t - E g_t||^2
     correction_variance   E ||c_t - E g_t||^2          the quantity that MARS claims to reduce
+    correction_norm       ||c_t - g_t||
     correction_size       ||c_t - g_t|| / ||g_t||
     correction_clipped    share of MARS's tensors whose norm its clip reduced
+    failed_roots          eigendecompositions that failed so far (optim/matrix_roots.py)
 
-The last three exist where there is MARS. E g_t is estimated by m, the running mean of the gradients
-at measured steps (plain at first, then exponential). It has a variance of its own: if gradients of
-different batches are independent,
+correction_... exist where there is MARS, failed_roots where a rule counts them. E g_t is estimated
+by m, the running mean of the gradients at measured steps (plain at first, then exponential). It has
+a variance of its own: if gradients of different batches are independent,
 
     E ||g_t - m||^2 = (1 + w) Var g       E ||c_t - m||^2 = Var c + w Var g
 
@@ -118,6 +120,9 @@ class Diagnostics:
             step = _joint_norm(moved, members)
             self._report(label, "update_rms", step / size**0.5)
             self._report(label, "update_to_weight", step / _joint_norm(weights, members))
+            states = [self.optimizer.state[self._params[i]] for i in members]
+            if failed := [s["failed_roots"].sum() for s in states if "failed_roots" in s]:
+                self._report(label, "failed_roots", torch.stack(failed).sum())
 
     def _measure_gradients(self, grads: list[Tensor]) -> None:
         corrected, clipped = self._corrections(grads)
@@ -130,7 +135,9 @@ class Diagnostics:
                 both = size * _joint_norm(last_sizes, members)
                 self._report(label, "gradient_cosine", dots.sum() / both)
             if flags := [clipped[i] for i in members if i in clipped]:
-                self._report(label, "correction_size", _joint_norm(changes, members) / size)
+                change = _joint_norm(changes, members)
+                self._report(label, "correction_norm", change)
+                self._report(label, "correction_size", change / size)
                 self._report(label, "correction_clipped", torch.stack(flags).mean())
         self._measure_variances(grads, corrected, set(clipped))
 

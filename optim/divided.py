@@ -62,6 +62,10 @@ class DividedOptimizer(Optimizer):
         """`optim.clip_grad_norm` of all parameters, whoever holds their gradients' rows."""
         return clip_grad_norm(self._all_params(), max_norm, self.division.add_up_held)
 
+    @property
+    def sharing(self) -> str | None:
+        return str(self.division)
+
     # ---- rows -----------------------------------------------------------------------------------
 
     def _part(self, x: Tensor, rule: Rule) -> Tensor:

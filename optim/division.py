@@ -149,7 +149,10 @@ class Division:
         return self._whole_plan().balance if self._owners else 1.0
 
     def __str__(self) -> str:
-        return str(self._whole_plan()) if self._owners else "no matrices to divide"
+        if self._owners:
+            return str(self._whole_plan())
+        by_rows = self.transport.shards is not None or "element" in self._granularities
+        return "rows of each parameter" if by_rows else "nothing: each process updates all"
 
     def _whole_plan(self) -> Plan:
         by_all = "matrix" in self._granularities

@@ -1,6 +1,12 @@
-"""Inverse roots of symmetric positive semi-definite matrices, in stacks (n, d, d)."""
+"""Inverse roots of symmetric positive semi-definite matrices, in stacks (n, d, d).
+
+An eigendecomposition that fails is never silent: a warning says so (Python shows it once for each
+size of matrix), and callers count.
+"""
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -26,9 +32,12 @@ def inverse_root(a: Tensor, exponent: float, eps: float, old: Tensor) -> tuple[T
             roots = [inverse_root(single, exponent, eps, kept) for single, kept in singles]
             return torch.cat([root for root, _ in roots]), sum(failed for _, failed in roots)
     try:
-        return _inverse_root(a.double(), exponent, eps).to(a.dtype), 1
+        root = _inverse_root(a.double(), exponent, eps).to(a.dtype)
     except torch.linalg.LinAlgError:
+        _warn(a, "in float64 too: its last inverse root is kept (is the gradient finite?)")
         return old, 1
+    _warn(a, f"in {str(a.dtype).removeprefix('torch.')}, and was repeated in float64")
+    return root, 1
 
 
 def _inverse_root(a: Tensor, exponent: float, eps: float) -> Tensor:
@@ -45,7 +54,7 @@ def eigenvectors(a: Tensor) -> Tensor:
         try:
             return torch.linalg.eigh(a.to(dtype)).eigenvectors.flip(-1).to(a.dtype)
         except torch.linalg.LinAlgError:
-            continue
+            _warn(a, f"in {str(dtype).removeprefix('torch.')}: float64, then the identity follow")
     return torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
 
 
@@ -73,3 +82,10 @@ def inverse_square_root(a: Tensor, steps: int, beta: float = 0.5) -> Tensor:
         factor.diagonal(dim1=-2, dim2=-1).add_(3 * beta)
         y, z = y @ factor, factor @ z
     return z
+
+
+def _warn(a: Tensor, how: str) -> None:
+    rows, cols = a.shape[-2:]
+    warnings.warn(
+        f"eigendecomposition of a {rows} x {cols} preconditioner factor failed {how}", stacklevel=3
+    )

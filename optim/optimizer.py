@@ -169,6 +169,7 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
+    @torch._disable_dynamo  # in a user's compiled function too, an optimizer runs as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
@@ -186,6 +187,11 @@ class Optimizer(torch.optim.Optimizer):
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
         """`optim.clip_grad_norm` of all parameters."""
         return clip_grad_norm(self._all_params(), max_norm)
+
+    @property
+    def sharing(self) -> str | None:
+        """How the work is shared among processes, in words; None where there is one."""
+        return None
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -25,6 +25,7 @@ from data.sources import SPLIT_RULES
 from model import MODELS
 from model.init_from import complete
 from optim import Schedule, create
+from runtime.cpu_linear import LINEAR
 from runtime.errors import ConfigError
 from runtime.parallel import DIVIDE, DTYPES, WRAPPERS, ParallelConfig
 
@@ -33,7 +34,7 @@ from runtime.parallel import DIVIDE, DTYPES, WRAPPERS, ParallelConfig
 class TrainConfig:
     steps: int
     global_batch: int  # sequences per optimizer update, over all processes
-    micro_batch: int | None  # sequences per forward pass; None: the whole global batch
+    micro_batch: int | str | None  # sequences per forward pass; None: the whole global batch; auto
     accumulation: str  # mean | sum (the MARS code's convention) over micro-batches
     sum_factor: int | None  # accumulation=sum: micro-batches per process of the run reproduced,
     # so that the number of GPUs does not shape it; None: those of this run
@@ -41,7 +42,12 @@ class TrainConfig:
     precision: str  # auto | fp32 | bf16 | fp16
     device: str  # auto | cpu | cuda | cuda:1 | mps
     compile: bool
+    compile_mode: str  # torch.compile's, for the model: MODES
+    compile_cache: str | None  # folder of compiled kernels; None: torch's own
+    profile: bool  # record a few steps (runtime/profile.py)
     threads: int | None  # CPU threads; None: torch's default
+    attention: str  # auto | default | a kernel of ATTENTION
+    cpu_linear: str  # auto | torch | onednn: who multiplies float32 matrices on a CPU
     eval_every: int  # steps; 0: never
     eval_tokens: int | None  # size of the fixed validation set; None: the whole split
     sample_tokens: int  # length of the text generated at each evaluation; 0: none
@@ -113,9 +119,16 @@ class Config:
     run: RunConfig
 
 
+AUTO = "auto"
+ATTENTION = (AUTO, "default", "cudnn", "flash", "efficient", "math")
+GRAPHS = ("reduce-overhead", "max-autotune")  # which replay CUDA graphs
+MODES = ("default", "max-autotune-no-cudagraphs", *GRAPHS)
 CHOICES = {
     "train.accumulation": ("mean", "sum"),
     "train.precision": ("auto", "fp32", "bf16", "fp16"),
+    "train.attention": ATTENTION,
+    "train.cpu_linear": LINEAR,
+    "train.compile_mode": MODES,
     "parallel.strategy": tuple(WRAPPERS),
     "parallel.divide": DIVIDE,
     "parallel.param_dtype": tuple(DTYPES),
@@ -127,7 +140,7 @@ CHOICES = {
     "data.sampling": tuple(SAMPLING),
 }
 POSITIVE = [
-    *("train.steps", "train.global_batch", "train.micro_batch", "train.grad_clip"),
+    *("train.steps", "train.global_batch", "train.grad_clip"),
     *("train.threads", "train.eval_tokens", "train.keep_checkpoints", "train.sum_factor"),
     *("logging.every",),
     *("data.shard_tokens", "data.prefetch", "data.processes", "data.threads"),
@@ -201,6 +214,11 @@ def check(config: Config) -> None:
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"seed must be in [0, 2^63), given {config.seed}")
     accumulation(config.train)
+    if config.train.micro_batch == AUTO and _cut_shapes_result(config.train):
+        raise ConfigError(
+            "train.micro_batch=auto with train.accumulation=sum: the sum depends on the number of "
+            "micro-batches, so set train.sum_factor or give a number"
+        )
     try:
         shape = model_config(config, vocab_size=2)
         schedule(config)
@@ -225,15 +243,19 @@ def check(config: Config) -> None:
 
 
 def accumulation(train: TrainConfig, world_size: int = 1) -> int:
-    """Micro-batches per update and process, or ConfigError where the global batch does not divide
-    into micro-batches for ``world_size`` processes."""
+    """Micro-batches per update and process (one for auto, until it is settled), or ConfigError
+    where the global batch does not divide into micro-batches for ``world_size`` processes."""
     share, rest = divmod(train.global_batch, world_size)
     if rest:
         raise ConfigError(
             f"train.global_batch={train.global_batch} does not divide among {world_size} "
             f"processes: use a multiple of {world_size}"
         )
-    micro = train.micro_batch or share
+    micro = share if train.micro_batch in (None, AUTO) else train.micro_batch
+    if not isinstance(micro, int) or micro < 1:
+        raise ConfigError(
+            f"train.micro_batch is {micro!r}: expected a positive number of sequences, auto or null"
+        )
     if share % micro:
         fits = [d for d in range(1, share + 1) if share % d == 0]
         near = min(fits, key=lambda d: abs(d - micro))
@@ -243,6 +265,10 @@ def accumulation(train: TrainConfig, world_size: int = 1) -> int:
             f"{micro}{among}: use a divisor, such as train.micro_batch={near}"
         )
     return share // micro
+
+
+def _cut_shapes_result(train: TrainConfig) -> bool:
+    return train.accumulation == "sum" and train.sum_factor is None
 
 
 def gradient_scale(train: TrainConfig, world_size: int = 1) -> float:
@@ -284,6 +310,8 @@ FREE = (
     *("run", "paths", "logging", "parallel", "eval", "data.dir", "data.cache", "data.prefetch"),
     *("data.worker", "data.processes", "data.threads", "data.check"),
     *("train.micro_batch", "train.threads", "train.compile", "train.device", "train.resume"),
+    *("train.cpu_linear", "train.compile_mode", "train.compile_cache", "train.profile"),
+    *("model.loss_chunks", "train.attention"),
     *("train.checkpoint_every", "train.keep_checkpoints"),
     *("train.eval_every", "train.eval_tokens", "train.sample_tokens"),
 )

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
+import statistics
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from runtime.config import TrainConfig
+from runtime.config import AUTO, GRAPHS, TrainConfig, accumulation
+from runtime.cpu_linear import is_faster, linear, use_onednn
 from runtime.errors import ConfigError
 from runtime.processes import Processes
 
@@ -36,6 +42,8 @@ PEAKS = {
     "T4": 65e12,
 }
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 @dataclass
 class Device:
@@ -53,6 +61,18 @@ class Device:
         processes = processes or Processes()
         if train.threads is not None:
             torch.set_num_threads(train.threads)
+        cut = train.micro_batch == AUTO or accumulation(train, processes.size) > 1
+        if train.compile and train.compile_mode in GRAPHS and cut:
+            raise ConfigError(
+                f"train.compile_mode={train.compile_mode} replays CUDA graphs, whose gradients the "
+                f"next micro-batch overwrites: raise train.micro_batch to the whole share of a "
+                f"process, or use default or max-autotune-no-cudagraphs"
+            )
+        if train.compile and train.compile_cache is not None:
+            # What torch compiles is code, to be loaded again: in the user's own folder, where its
+            # default is the machine's /tmp. Triton's kernels go there too.
+            folder = Path(train.compile_cache).expanduser().absolute()
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
         device = torch.device(best_device() if train.device == "auto" else _parse(train.device))
         if device.type == "cuda":
             device = _gpu(device.index, processes)
@@ -65,6 +85,12 @@ class Device:
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         return cls(device, precision, scaler)
 
+    def prepare(self, model: Model, train: TrainConfig) -> Model:
+        """The model on this device, with the linear layers that are fastest there."""
+        if self.device.type == "cpu" and self.precision == "fp32":
+            use_onednn(model, train.cpu_linear)
+        return model.to(self.device)
+
     def autocast(self) -> Any:
         """Context in which matrix products run in the chosen precision; weights stay float32."""
         if self.precision == "fp32":
@@ -72,7 +98,19 @@ class Device:
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
 
     def to_device(self, tokens: Tensor) -> Tensor:
-        return tokens.to(self.device, non_blocking=True)
+        """A copy on the device. On a GPU its own queue makes it, beside the work under way."""
+        if self.device.type != "cuda":
+            return tokens.to(self.device, non_blocking=True)
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copies):
+            tokens = tokens.to(self.device, non_blocking=True)
+        current.wait_stream(self._copies)
+        tokens.record_stream(current)  # its memory is not used again before the work is done
+        return tokens
+
+    @cached_property
+    def _copies(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
 
     @property
     def name(self) -> str:
@@ -91,6 +129,28 @@ class Device:
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, repeat: int = 10) -> float:
+    """Measured rate of a large square matrix product, in FLOP/s: what no training step exceeds.
+    float32 as training has it: TF32 on a GPU, the faster library on a CPU."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    onednn = device.type == "cpu" and dtype == torch.float32 and is_faster()
+    product = linear if onednn else nn.functional.linear
+    seconds = []
+    for _ in range(repeat):
+        _wait(device)
+        start = time.perf_counter()
+        product(a, b)
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def best_device() -> str:

@@ -12,6 +12,7 @@ equal part of the batch (`rows`), and the parts' means are averaged.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -153,18 +154,18 @@ def parallelize(
     config: ParallelConfig,
     processes: Processes,
     device: torch.device,
-    compile: bool = False,
+    compile: str | None = None,
 ) -> Parallel:
-    """Spread a whole, initialized model. Raises ConfigError where strategy and processes do not
-    fit; without torchrun every strategy is one unwrapped process."""
+    """Spread a whole, initialized model; ``compile``: torch.compile's mode, or None. Raises
+    ConfigError where strategy and processes do not fit; without torchrun every strategy is one
+    unwrapped process."""
     check_fit(config, processes)
-    blocks = find_blocks(model)
+    given = Given(model, find_blocks(model), config, processes, device, compile)
     if config.activation_checkpointing:
-        for block in blocks:
+        for block in given.blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # names stay
     wrap = WRAPPERS[config.strategy] if processes.control is not None else alone
-    made = wrap(model, blocks, config, processes, device, compile)
-    return replace(made, divide=config.divide)
+    return replace(wrap(given), divide=config.divide)
 
 
 def check_fit(config: ParallelConfig, processes: Processes) -> None:
@@ -174,9 +175,9 @@ def check_fit(config: ParallelConfig, processes: Processes) -> None:
             f"parallel=none, but torchrun started {size} processes, which would all train the "
             f"same: use parallel=ddp or parallel=fsdp"
         )
-    if config.strategy == "hsdp" and size % (config.shards or local_size()):
+    if config.strategy == "hsdp" and size % replica_size(config):
         raise ConfigError(
-            f"parallel.shards={config.shards or local_size()} does not divide {size} processes"
+            f"parallel.shards={replica_size(config)} does not divide {size} processes"
         )
     if config.deterministic_reduce:
         if config.strategy not in ("none", "ddp"):
@@ -190,118 +191,90 @@ def check_fit(config: ParallelConfig, processes: Processes) -> None:
             raise ConfigError(f"parallel.deterministic_reduce: {size} is not a power of two")
 
 
-def local_size() -> int:
-    """Processes on this machine."""
-    import os
-
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def replica_size(config: ParallelConfig) -> int:
+    """hsdp: processes that share one replica."""
+    return config.shards or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-Wrap = Callable[
-    [nn.Module, list[nn.Module], ParallelConfig, Processes, torch.device, bool], Parallel
-]
+@dataclass(frozen=True)
+class Given:
+    """What a strategy spreads, over whom."""
+
+    model: nn.Module
+    blocks: list[nn.Module]  # its layers
+    config: ParallelConfig
+    processes: Processes
+    device: torch.device
+    compile: str | None  # torch.compile's mode; None: not compiled
+
+    def compiled(self) -> nn.Module:
+        """The model to call in training; the given one stays as it is, for sampling from."""
+        if not self.compile:
+            return self.model
+        return cast(nn.Module, torch.compile(self.model, dynamic=False, mode=self.compile))
 
 
-def alone(
-    model: nn.Module,
-    blocks: list[nn.Module],
-    config: ParallelConfig,
-    processes: Processes,
-    device: torch.device,
-    compile: bool,
-) -> Parallel:
-    tree = (
-        TreeReduction(list(model.parameters()), processes) if config.deterministic_reduce else None
-    )
-    return Parallel(model, compiled(model, compile), processes, tree=tree)
+def alone(given: Given) -> Parallel:
+    parameters = list(given.model.parameters())
+    fixed = given.config.deterministic_reduce
+    tree = TreeReduction(parameters, given.processes) if fixed else None
+    return Parallel(given.model, given.compiled(), given.processes, tree=tree)
 
 
-def compiled(model: nn.Module, compile: bool) -> nn.Module:
-    """The model to call in training; the given one stays as it is, for sampling from."""
-    return cast(nn.Module, torch.compile(model, dynamic=False)) if compile else model
-
-
-def ddp(
-    model: nn.Module,
-    blocks: list[nn.Module],
-    config: ParallelConfig,
-    processes: Processes,
-    device: torch.device,
-    compile: bool,
-) -> Parallel:
+def ddp(given: Given) -> Parallel:
+    config, device = given.config, given.device
     if config.deterministic_reduce:  # which replaces what the wrapper would do
-        return alone(model, blocks, config, processes, device, compile)
+        return alone(given)
     wrapped = nn.parallel.DistributedDataParallel(
-        compiled(model, compile),
+        given.compiled(),
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=config.gradient_as_bucket_view,
         static_graph=config.static_graph,
         bucket_cap_mb=config.bucket_mb,
     )
-    return Parallel(model, wrapped, processes)
+    return Parallel(given.model, wrapped, given.processes)
 
 
-def fsdp(
-    model: nn.Module,
-    blocks: list[nn.Module],
-    config: ParallelConfig,
-    processes: Processes,
-    device: torch.device,
-    compile: bool,
-) -> Parallel:
+def fsdp(given: Given) -> Parallel:
+    return _sharded(given, {"shard": given.processes.size})
+
+
+def hsdp(given: Given) -> Parallel:
+    shards = replica_size(given.config)
+    return _sharded(given, {"replica": given.processes.size // shards, "shard": shards})
+
+
+WRAPPERS: dict[str, Callable[[Given], Parallel]] = {
+    "none": alone,
+    "ddp": ddp,
+    "fsdp": fsdp,
+    "hsdp": hsdp,
+}
+
+
+def _sharded(given: Given, sizes: dict[str, int]) -> Parallel:
+    """FSDP2 over the last of the mesh's dimensions, whose names and ``sizes`` are given."""
     from torch.distributed.device_mesh import init_device_mesh
-
-    mesh = init_device_mesh(device.type, (processes.size,), mesh_dim_names=("shard",))
-    return _shard(model, blocks, config, processes, mesh, compile)
-
-
-def hsdp(
-    model: nn.Module,
-    blocks: list[nn.Module],
-    config: ParallelConfig,
-    processes: Processes,
-    device: torch.device,
-    compile: bool,
-) -> Parallel:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    shards = config.shards or local_size()
-    shape = (processes.size // shards, shards)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard"))
-    return _shard(model, blocks, config, processes, mesh, compile)
-
-
-WRAPPERS: dict[str, Wrap] = {"none": alone, "ddp": ddp, "fsdp": fsdp, "hsdp": hsdp}
-
-
-def _shard(
-    model: nn.Module,
-    blocks: list[nn.Module],
-    config: ParallelConfig,
-    processes: Processes,
-    mesh: DeviceMesh,
-    compile: bool,
-) -> Parallel:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    config, blocks = given.config, given.blocks
+    mesh = init_device_mesh(given.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     precision = MixedPrecisionPolicy(
         param_dtype=DTYPES[config.param_dtype], reduce_dtype=DTYPES[config.reduce_dtype]
     )
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
     options["reshard_after_forward"] = config.reshard_after_forward
     for block in blocks:
-        if compile:
-            block.compile(dynamic=False)
+        if given.compile:
+            block.compile(dynamic=False, mode=given.compile)
         fully_shard(block, **options)
-    fully_shard(model, **options)
-    for i, block in enumerate(blocks if config.prefetch else []):
-        ahead, behind = (
-            blocks[i + 1 : i + 1 + config.prefetch],
-            blocks[max(0, i - config.prefetch) : i],
-        )
+    fully_shard(given.model, **options)
+    n = config.prefetch
+    for i, block in enumerate(blocks if n else []):
+        ahead, behind = blocks[i + 1 : i + 1 + n], blocks[max(0, i - n) : i][::-1]
         block.set_modules_to_forward_prefetch(ahead)  # type: ignore[operator]
-        block.set_modules_to_backward_prefetch(behind[::-1])  # type: ignore[operator]
-    return Parallel(model, model, processes, mesh)
+        block.set_modules_to_backward_prefetch(behind)  # type: ignore[operator]
+    return Parallel(given.model, given.model, given.processes, mesh)
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:

@@ -169,14 +169,15 @@ class Apart:
             self._print_into(self._file)
 
     def keep(self, folder: Path) -> None:
-        """Continue in ``folder``/rank_<r>.log, with what was printed so far."""
+        """Continue in ``folder``/rank_<r>.log, with what was printed before there was a run."""
         if self._file is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._flush()
-        self._file.seek(0)
         log = (folder / f"rank_{self.rank}.log").open("ab", buffering=0)
-        log.write(self._file.read())
+        if self._file.readable():  # not the log of the trial before, in a sweep
+            self._file.seek(0)
+            log.write(self._file.read())
         self._print_into(log)
         self._file.close()
         self._file = log

@@ -128,6 +128,7 @@ class Record:
             f"batch {batch_arithmetic(config, self.context, self.processes.size)}\n"
             f"on    {self.device.name}, {self.device.precision}, "
             f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+            + (f"\nsplit {optimizer.sharing}" if self.processes.size > 1 else "")
         )
 
     def bits_per_byte(self, loss: float) -> float | None:

@@ -156,6 +156,14 @@ def _fork_source(path: Path) -> Path:
     )
 
 
+def recorded(folder: Path, key: str) -> Any:
+    """The value that the run in this folder has for train.<key>; None where there is no run."""
+    if not (folder / CONFIG).is_file():
+        return None
+    saved: Any = OmegaConf.load(folder / CONFIG)
+    return saved.train.get(key)
+
+
 def save_config(run: Run, config: Config) -> None:
     """Write the resolved configuration, once, before the first step."""
     atomic_write_text(run.dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))

@@ -2,6 +2,7 @@
 
     python -m scripts.bench_cpu --nanogpt DIR                    DIR: a checkout of karpathy/nanoGPT
     python -m scripts.bench_cpu --nanogpt DIR model.n_embd=384   and any override of configs/
+    python -m scripts.bench_cpu --nanogpt DIR --ours train.cpu_linear=torch     for our side alone
 
 A CPU that somebody shares has no fixed speed, so the two take turns, a few seconds each: what is
 reported is the median of the ratios of neighboring turns, which a neighbor's load divides out of.
@@ -11,7 +12,7 @@ of its train.py, which `NanoGPT.step` retells. Both log as often as `logging.eve
 difference in what is computed is the GELU, OpenAI's tanh here and erf there;
 `model.exact_gelu=true` removes it.
 
-What optimizer and logging take of our step is the price of the bench, and is printed too.
+What the parts of our step take is printed too; clipping belongs to the optimizer.
 """
 
 from __future__ import annotations
@@ -30,67 +31,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from data.corpus import Corpus, open_corpus
-from model import GPT2, GPT2Config
-from optim import clip_grad_norm, create_optimizer
-from runtime.config import Config, load, model_config, schedule
+from data.corpus import open_corpus
+from model import GPT2Config
+from runtime.config import Config, accumulation, model_config, schedule
 from runtime.device import Device, seed_step
-from runtime.record import Record
-from runtime.run import open_run
-from train import update
-
-CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
-
-
-class Ours:
-    """train.py's loop between two evaluations, with a stopwatch in the optimizer and the record."""
-
-    def __init__(self, config: Config, corpus: Corpus, shape: GPT2Config) -> None:
-        self.config, self.shape = config, shape
-        self.device = Device.choose(config.train)
-        torch.manual_seed(config.seed)
-        self.model = GPT2(shape)
-        self.optimizer = create_optimizer(
-            named_parameters=self.model.named_parameters(),
-            compile=config.train.compile,
-            **config.optim,
-        )
-        self.forward: Any = torch.compile(self.model) if config.train.compile else self.model
-        self.loader = corpus.loader(
-            corpus.order(shape.context, config.train.global_batch, config.seed)
-        )
-        self.lr_schedule = schedule(config)
-        self.record = Record(config, open_run(config), self.device, self.model, corpus)
-        self.record.start(0, self.optimizer)
-        self.done = 0
-        self.spent = {"optimizer": 0.0, "logging": 0.0}  # seconds
-        self.optimizer.register_step_pre_hook(lambda *_: self._start())
-        self.optimizer.register_step_post_hook(lambda *_: self._stop("optimizer"))
-
-    def step(self) -> None:
-        figures = update(
-            self.config,
-            self.done,
-            self.forward,
-            self.optimizer,
-            self.lr_schedule,
-            self.loader,
-            self.device,
-        )
-        self._start()
-        self.record.settle(self.done)
-        self.record.expect(figures)
-        self._stop("logging")
-        self.done += 1
-
-    def _start(self) -> None:
-        self._started = time.perf_counter()
-
-    def _stop(self, part: str) -> None:
-        self.spent[part] += time.perf_counter() - self._started
+from scripts.training import PARTS, Training, configuration
 
 
 class NanoGPT:
@@ -101,7 +48,7 @@ class NanoGPT:
         module = import_file("nanogpt_model", folder / "model.py")
         self.config, self.tokens, self.shape = config, tokens, shape
         self.device = Device.choose(config.train)
-        self.accumulation = config.train.global_batch // self.micro_batch
+        self.accumulation = accumulation(config.train)
         self.lr_schedule = schedule(config)
         torch.manual_seed(config.seed)
         self.model = module.GPT(
@@ -123,7 +70,7 @@ class NanoGPT:
 
     @property
     def micro_batch(self) -> int:
-        return self.config.train.micro_batch or self.config.train.global_batch
+        return self.config.train.global_batch // accumulation(self.config.train)
 
     def get_batch(self) -> tuple[Tensor, Tensor]:
         """Random crops, the memory map opened anew each time, as nanoGPT does."""
@@ -164,27 +111,11 @@ def import_file(name: str, path: Path) -> Any:
     return module
 
 
-def configuration(folder: Path, overrides: list[str]) -> Config:
-    """configs/ with the overrides, for a run that leaves nothing behind."""
-    fixed = [f"run.dir={folder / 'run'}", "run.name=bench_cpu", "train.device=cpu"]
-    fixed += ["train.steps=1000000", "schedule.warmup_steps=100"]
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        return load(compose("train", overrides=[*fixed, *overrides]))
-
-
 def seconds(work: Callable[[], object], repeat: int) -> float:
     start = time.perf_counter()
     for _ in range(repeat):
         work()
     return time.perf_counter() - start
-
-
-def clip_seconds(ours: Ours) -> float:
-    """Median time of one gradient clip. Gradients of any size take the same."""
-    parameters = list(ours.model.parameters())
-    for p in parameters:
-        p.grad = torch.randn_like(p)
-    return statistics.median(seconds(lambda: clip_grad_norm(parameters, 1.0), 1) for _ in range(50))
 
 
 def main() -> None:
@@ -193,35 +124,35 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=20, help="turns of each side")
     parser.add_argument("--steps", type=int, default=10, help="training steps per turn")
+    parser.add_argument("--ours", default="", help="overrides for our side alone, in one word")
     parser.add_argument("overrides", nargs="*", help="of configs/, such as model.n_layer=6")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
     with tempfile.TemporaryDirectory() as folder:
-        config = configuration(Path(folder), arguments.overrides)
+        config = configuration(Path(folder), ["train.device=cpu", *arguments.overrides])
         corpus = open_corpus(config.data)
         tokens = Path(folder) / "train.bin"
         corpus.train.read(0, len(corpus.train)).astype(np.uint16).tofile(tokens)
         shape = model_config(config, corpus.tokenizer.vocab_size)
         with contextlib.redirect_stdout(io.StringIO()):  # both sides write, nobody reads
-            ours = Ours(config, corpus, shape)
+            own = ["train.device=cpu", *arguments.overrides, *arguments.ours.split()]
+            ours = Training(configuration(Path(folder), own), corpus)
             theirs = NanoGPT(arguments.nanogpt, config, tokens, shape)
             seed_step(config.seed, 0)
-            for side in (ours, theirs):
-                seconds(side.step, arguments.steps)  # warm-up
-            ours.spent = dict.fromkeys(ours.spent, 0.0)
+            ours.seconds(arguments.steps)  # warm-up
+            seconds(theirs.step, arguments.steps)
+            ours.spent = dict.fromkeys(PARTS, 0.0)
             turns = [
-                (seconds(ours.step, arguments.steps), seconds(theirs.step, arguments.steps))
+                (ours.seconds(arguments.steps), seconds(theirs.step, arguments.steps))
                 for _ in range(arguments.rounds)
             ]
-            clip = clip_seconds(ours)
-            ours.loader.close()
+            ours.close()
 
     mine = statistics.median(a for a, _ in turns) / arguments.steps
     other = statistics.median(b for _, b in turns) / arguments.steps
     ratios = sorted(b / a for a, b in turns)
     whole = sum(a for a, _ in turns)
-    optimizer, logging = (ours.spent[part] / whole for part in ("optimizer", "logging"))
     batch = config.train.global_batch
     print(
         f"GPT-2 of {ours.model.num_parameters():,} parameters, {batch} x {shape.context} tokens, "
@@ -233,10 +164,8 @@ def main() -> None:
         f"ratio    {statistics.median(ratios):8.3f}   (quartiles {ratios[len(ratios) // 4]:.3f} "
         f"to {ratios[3 * len(ratios) // 4]:.3f}; above 1 ours is faster)"
     )
-    print(
-        f"of our step: optimizer {optimizer:.1%}, logging {logging:.1%}, together "
-        f"{optimizer + logging:.1%}; clipping {clip / mine:.1%} besides"
-    )
+    parts = (f"{part} {ours.spent[part] / whole:.1%}" for part in PARTS if ours.spent[part])
+    print(f"of our step: {', '.join(parts)}")
 
 
 if __name__ == "__main__":

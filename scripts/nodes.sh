@@ -10,6 +10,7 @@
 #   PORT    a free port there (29500)
 #   ID      name of the job, the same everywhere (gpt2)
 #   NODES   how many machines, or the fewest and the most
+#   ADDRESS of this machine, as the others reach it, where its host name does not say (unset)
 #
 # The run directory (paths.runs, or run.dir) and the data (data.dir) must lie on storage that all
 # machines share. Machines talk over the interface that leads to HEAD; set NCCL_SOCKET_IFNAME and
@@ -23,7 +24,7 @@ processes=${PROCESSES:-$(( gpus > 0 ? gpus : 2 ))}
 
 # Only HEAD hosts the store: with torch's default any machine may, and the job dies with that one.
 host=0
-for address in $(hostname -I 2>/dev/null) $(hostname) localhost 127.0.0.1; do
+for address in ${ADDRESS:-$(hostname -I 2>/dev/null) $(hostname) $(hostname -s) localhost 127.0.0.1}; do
   if [[ "$address" == "$HEAD" ]]; then host=1; fi
 done
 
@@ -34,5 +35,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # With a range of machines: start 30 s after the fewest are there, notice a lost one within seconds.
 exec torchrun --nnodes="$NODES" --nproc_per_node="$processes" --max-restarts=10 \
   --rdzv-backend=c10d --rdzv-endpoint="$HEAD:${PORT:-29500}" --rdzv-id="${ID:-gpt2}" \
+  ${ADDRESS:+--local-addr="$ADDRESS"} \
   --rdzv-conf="is_host=$host,last_call_timeout=30,keep_alive_interval=2,keep_alive_max_attempt=5" \
   train.py "$@"

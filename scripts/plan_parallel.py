@@ -1,12 +1,18 @@
-"""Write the generated tables of docs/distributed.md: python -m scripts.plan_parallel
+"""What several processes send, keep and compute, counted without any.
+
+    python -m scripts.plan_parallel                               write docs/distributed.md's tables
+    python -m scripts.plan_parallel --shares gpt2_large           the largest share of a process
+    python -m scripts.plan_parallel --shares gpt2_small --defaults soap shampoo
 
 What each optimizer sends follows from the granularity of its rules. Memory is counted on models
 that have shapes but no data: weights and gradients in float32, and the optimizer's state. A test
-compares the page with what this would write.
+compares the page with what this would write. Shares are those of the process that keeps, or
+computes, most; settings are those of configs/optim, or with ``--defaults`` the optimizers' own.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,15 +21,19 @@ import torch
 from omegaconf import OmegaConf
 
 from model import GPT2, GPT2Config
-from optim import create, create_optimizer, list_optimizers
+from optim import Optimizer, create, create_optimizer, list_optimizers
 from optim.correction import CORRECTIONS, NoCorrection
+from optim.division import Division
 from optim.rules import build_rule
+from optim.sharding import Table
+from optim.transport import Transport
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "distributed.md"
 BEGIN, END = "<!-- generated: python -m scripts.plan_parallel -->", "<!-- end -->"
 MODELS = ("gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_xl")
 GPUS = 8
+SIZES = (2, 4, 8)  # numbers of processes
 SUMS = "sums of whole tensors, in one all-reduce for all tensors at a time"
 DDP = {
     "element": "updated rows to all",
@@ -43,8 +53,18 @@ HSDP = {
 
 
 def main() -> None:
-    PAGE.write_text(document(PAGE.read_text()))
-    print(f"wrote {PAGE.relative_to(ROOT)}")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("optimizers", nargs="*", metavar="OPTIMIZER", help="of --shares (all)")
+    parser.add_argument("--shares", metavar="MODEL", help="a file of configs/model")
+    parser.add_argument("--defaults", action="store_true", help="the optimizers' own settings")
+    arguments = parser.parse_args()
+    if arguments.shares:
+        names = arguments.optimizers or list_optimizers()
+        given = {name: {"name": name} if arguments.defaults else settings(name) for name in names}
+        print(shares(shapes(arguments.shares), given))
+    else:
+        PAGE.write_text(document(PAGE.read_text()))
+        print(f"wrote {PAGE.relative_to(ROOT)}")
 
 
 def document(page: str) -> str:
@@ -93,12 +113,34 @@ def memory(every: Mapping[str, dict[str, Any]]) -> str:
         cells = []
         for model in models.values():
             optimizer = create_optimizer(named_parameters=model.named_parameters(), **given)
-            state = sum(row["state_bytes"] for row in optimizer.table()) / 1e9
+            state = state_bytes(optimizer) / 1e9
             own = 8 * model.num_parameters() / 1e9  # weights and gradients
             parts = (own + state, own + state / GPUS, (own + state) / GPUS)
             cells.append(" / ".join(f"{gb:.1f}" for gb in parts))
         rows.append((name, *cells))
     return table(rows)
+
+
+def shares(model: GPT2, every: Mapping[str, dict[str, Any]]) -> str:
+    """State kept and matrix work done by the process that has most, in units of 1/N."""
+    named = list(model.named_parameters())
+    rows: list[Sequence[str]] = [("optimizer", "state MB", *(f"N = {n}" for n in SIZES))]
+    for name, given in every.items():
+        whole = state_bytes(create_optimizer(named_parameters=named, **given))
+        cells = []
+        for n in SIZES:
+            divisions = [Division(Transport(Table(replicas=n, replica=r))) for r in range(n)]
+            most = max(
+                state_bytes(create_optimizer(named_parameters=named, division=each, **given))
+                for each in divisions
+            )
+            cells.append(f"{most * n / whole:.2f} / {divisions[0].balance:.2f}")
+        rows.append((name, f"{whole / 1e6:.1f}", *cells))
+    return table(rows)
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    return sum(row["state_bytes"] for row in optimizer.table())
 
 
 def shapes(name: str) -> GPT2:

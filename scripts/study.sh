@@ -47,7 +47,7 @@ study soap 2.5e-3,5e-3,1e-2 "$adamw" 'optim.betas=[0.95,0.99]' optim.shampoo_bet
 study mars_adamw 5e-3,1e-2,2e-2 'optim.groups.vectors.betas=[0.9,0.99]'
 study mars_lion 5e-4,1e-3,2e-3 'optim.groups.vectors.betas=[0.9,0.99]'
 study came 1e-3,2e-3,4e-3 'optim.betas=[0.9,0.99,0.999]'
-study sinkgd 1e-2,2e-2,4e-2 "$adamw" optim.groups.others.lr_scale=0.25
+study sinkgd 1e-2,2e-2,4e-2 "$adamw" +optim.groups.others.lr_scale=0.25
 
 "$python" -m report.sweep "$out" "out=$out/report/sweep"
 mapfile -t best < <(cat "$out"/*/best_runs.txt)

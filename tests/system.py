@@ -15,13 +15,16 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "train.py"
@@ -118,15 +121,16 @@ def until(true: Callable[[], bool], alive: Callable[[], bool], timeout: float = 
         time.sleep(0.005)
 
 
-def start(*overrides: str, output: Path) -> BaseProcess:
+def start(*overrides: str, output: Path, **environment: str) -> BaseProcess:
     """Start the command in a fork, which takes a tenth of a second; what it says goes to a file."""
     with patch.dict(os.environ, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}):
-        process = _forks.Process(target=_forked, args=(overrides, output))
+        process = _forks.Process(target=_forked, args=(overrides, output, environment))
         process.start()
     return process
 
 
-def _forked(overrides: Command, output: Path) -> None:
+def _forked(overrides: Command, output: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
         sys.exit(_main(overrides))
 
@@ -158,6 +162,19 @@ def losses(run: Path) -> list[float]:
 
 def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_*"))
+
+
+def determined(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a GPT-2 that rounding does not decide: all but the biases of keys.
+
+    A bias of keys adds one number to all logits of a query, which the softmax takes away again: its
+    gradient is zero in exact arithmetic, and rounding is all there is to it (1e-7 of the gradient
+    of the queries' biases). Rules that divide by a gradient's own size, or take its sign, make full
+    steps of that, whose direction another order of summation turns around. No loss feels it."""
+    return {
+        name: torch.cat(w.chunk(3)[::2]) if name.endswith("attn.c_attn.bias") else w
+        for name, w in weights.items()
+    }
 
 
 def tensors(run: Path) -> bytes:

@@ -16,7 +16,7 @@ from lm_eval_tasks import GOLDENS, PAGES, PASSAGES, ROWS, tiny_model
 from data.tokenizer import get_tokenizer
 from eval.checkpoint import open_device
 from eval.documents import read_documents
-from eval.harness import average, evaluate, table
+from eval.harness import SUITES, average, evaluate, table
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = open_device("cpu", "fp32")
@@ -62,6 +62,7 @@ def test_equals_the_hf_backend(tmp_path: Path) -> None:
             assert results[f"{task}_here"][metric] == pytest.approx(value, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_generation_stops() -> None:
     pytest.importorskip("lm_eval", reason=REASON)
     from lm_eval.api.instance import Instance
@@ -121,10 +122,14 @@ def test_without_lm_eval_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.slow
-def test_an_unknown_task() -> None:
+def test_names_of_tasks() -> None:
     pytest.importorskip("lm_eval", reason=REASON)
+    from lm_eval.tasks import TaskManager
+
     with pytest.raises(ValueError, match="tasks=hellaswagg: lm_eval has no such task"):
         evaluate(tiny_model(), get_tokenizer("gpt2"), CPU, ["hellaswagg"], [0])
+    known = TaskManager().match_tasks(list(SUITES["mars"]))
+    assert set(known) == set(SUITES["mars"]) and len(known) == 9
 
 
 def test_table_and_average() -> None:

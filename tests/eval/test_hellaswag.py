@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lm_eval_tasks import GOLDENS, ROWS, hellaswag, tiny_model
 from torch.nn import functional as F
+from workers import run
 
 from data.tokenizer import get_tokenizer
-from eval.checkpoint import open_device
+from eval.checkpoint import load_model, open_device
 from eval.documents import read_documents
 from eval.hellaswag import DuringTraining, HellaSwag, Result, clean, run_with_options
 from eval.hellaswag import Options as HellaSwagOptions
@@ -26,6 +28,7 @@ from eval.tokenizer_files import write_tokenizer
 from model import GPT2
 from model.huggingface import to_huggingface
 from runtime.config import HellaSwagConfig
+from runtime.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = open_device("cpu", "fp32")
@@ -55,14 +58,19 @@ def result(model: GPT2, rows: list[dict[str, Any]]) -> Result:
     return HellaSwag(rows[:FEW], get_tokenizer("gpt2")).evaluate(model, CPU, progress=False)
 
 
-def assert_equal_answers(result: Result, theirs: dict[str, Any]) -> None:
-    """Log-likelihoods to 1e-3, and both choices right or wrong in the same examples."""
-    for line, logs, scored in zip(
-        result.examples, theirs["loglikelihood"], theirs["scored"], strict=True
-    ):
+def assert_equal_answers(
+    result: Result, theirs: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    """Log-likelihoods to 1e-3, both choices the same in every example, and counted alike."""
+    answers = zip(result.examples, theirs["loglikelihood"], theirs["scored"], rows, strict=True)
+    for line, logs, scored, row in answers:
         assert line["loglikelihood"]["lm_eval"] == pytest.approx(logs, abs=1e-3)
-        ours = [float(line["choice"][name] == line["label"]) for name in ("acc", "acc_norm")]
-        assert ours == scored
+        per_character = [
+            log / len(clean(ending)) for log, ending in zip(logs, row["endings"], strict=True)
+        ]
+        choices = [values.index(max(values)) for values in (logs, per_character)]
+        assert [line["choice"][name] for name in ("acc", "acc_norm")] == choices
+        assert [float(choice == int(row["label"])) for choice in choices] == scored
     for name in ("acc", "acc_norm"):
         assert result.metrics[name] == pytest.approx(theirs["metrics"][name], abs=1e-12)
 
@@ -70,7 +78,7 @@ def assert_equal_answers(result: Result, theirs: dict[str, Any]) -> None:
 def test_equals_lm_eval(model: GPT2, rows: list[dict[str, Any]], golden: dict[str, Any]) -> None:
     task = HellaSwag(rows, get_tokenizer("gpt2"), conventions=["lm_eval"])
     found = task.evaluate(model, CPU, progress=False)
-    assert_equal_answers(found, golden["hellaswag"])
+    assert_equal_answers(found, golden["hellaswag"], rows)
     assert found.metrics["truncated"] > 0  # the context is 96
 
 
@@ -86,35 +94,44 @@ def test_examples_in_front(rows: list[dict[str, Any]], golden: dict[str, Any]) -
     )
     found = task.evaluate(tiny_model(context=512), CPU, progress=False)
     assert found.metrics["truncated"] < 3
-    assert_equal_answers(found, golden["hellaswag_2shot"])
+    assert_equal_answers(found, golden["hellaswag_2shot"], rows[:FEW])
+
+
+def plain_losses(model: GPT2, row: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """build-nanogpt's way, one ending at a time: the loss of its tokens, summed and mean."""
+    tokenizer, most = get_tokenizer("gpt2"), model.config.context + 1
+    sums, means = [], []
+    for ending in row["endings"]:
+        given, ids = tokenizer.encode(row["ctx"]), tokenizer.encode(" " + ending)
+        tokens = torch.tensor([*given.tolist(), *ids.tolist()])[-most:]
+        with torch.no_grad():
+            logits = model(tokens[None, :-1])[0]
+        losses = F.cross_entropy(logits, tokens[1:], reduction="none")[-len(ids) :]
+        sums.append(losses.sum().item())
+        means.append(losses.mean().item())
+    return sums, means
+
+
+def assert_equal_to_plain(model: GPT2, rows: list[dict[str, Any]], result: Result) -> None:
+    """Of the token-mean convention: log-likelihoods, every choice, both accuracies."""
+    right = {"acc_token": 0, "acc_norm_token": 0}
+    apart = 0
+    for row, line in zip(rows, result.examples, strict=True):
+        sums, means = plain_losses(model, row)
+        assert line["loglikelihood"]["token"] == pytest.approx([-s for s in sums], abs=1e-3)
+        for name, values in (("acc_token", sums), ("acc_norm_token", means)):
+            assert line["choice"][name] == values.index(min(values))
+            right[name] += values.index(min(values)) == row["label"]
+        apart += sums.index(min(sums)) != means.index(min(means))
+    assert apart > len(rows) / 10  # the two do differ
+    for name, count in right.items():
+        assert result.metrics[name] == count / len(rows)
 
 
 def test_token_mean_equals_a_plain_scorer(
     model: GPT2, rows: list[dict[str, Any]], result: Result
 ) -> None:
-    """build-nanogpt's way, one row at a time: the loss of the ending's tokens, summed and mean."""
-    tokenizer = get_tokenizer("gpt2")
-    right = {"acc_token": 0, "acc_norm_token": 0}
-    compared = 0
-    for row, line in zip(rows[:FEW], result.examples, strict=True):
-        sums, means = [], []
-        for ending in row["endings"]:
-            given, ids = tokenizer.encode(row["ctx"]), tokenizer.encode(" " + ending)
-            tokens = torch.tensor([*given.tolist(), *ids.tolist()])[-(model.config.context + 1) :]
-            with torch.no_grad():
-                logits = model(tokens[None, :-1])[0]
-            losses = F.cross_entropy(logits, tokens[1:], reduction="none")[-len(ids) :]
-            sums.append(losses.sum().item())
-            means.append(losses.mean().item())
-        assert line["loglikelihood"]["token"] == pytest.approx([-s for s in sums], abs=1e-3)
-        assert line["choice"]["acc_token"] == sums.index(min(sums))
-        assert line["choice"]["acc_norm_token"] == means.index(min(means))
-        for name, values in (("acc_token", sums), ("acc_norm_token", means)):
-            right[name] += values.index(min(values)) == row["label"]
-        compared += sums.index(min(sums)) != means.index(min(means))
-    assert compared > 2  # the two do differ
-    assert result.metrics["acc_token"] == right["acc_token"] / FEW
-    assert result.metrics["acc_norm_token"] == right["acc_norm_token"] / FEW
+    assert_equal_to_plain(model, rows[:FEW], result)
 
 
 def test_metrics(result: Result) -> None:
@@ -123,15 +140,6 @@ def test_metrics(result: Result) -> None:
     for name in NUMBERS:
         p = metrics[name]
         assert metrics[f"{name}_stderr"] == pytest.approx((p * (1 - p) / (FEW - 1)) ** 0.5)
-
-
-def test_text_is_cleaned_as_lm_eval_does() -> None:
-    """Also where its own rule leaves spaces behind."""
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed (requirements-eval.txt)")
-    from lm_eval.tasks.hellaswag.utils import preprocess
-
-    for text in (" How to [title] Do it. [step] First  a. ", "[header]  x", "a [title] b [title]"):
-        assert clean(text) == preprocess(text)
 
 
 # ---- any number of processes, the same numbers
@@ -147,33 +155,38 @@ def folder(model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(folder: Path, out: Path, processes: int, *more: str) -> dict[str, Any]:
-    """The command line's JSON; the examples go to `out`."""
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    words = [*(launch if processes > 1 else []), "-m", "eval.hellaswag"]
-    words += [f"checkpoint={folder}", f"data_file={ROWS}", f"out={out}", "device=cpu", *more]
+def evaluated(file: str, folder: str) -> Result:
+    """On each of several processes."""
+    world = dist.group.WORLD
+    processes = Processes(dist.get_rank(), dist.get_world_size(), control=world)
+    task = HellaSwag(read_documents(file, "", "", FEW, "file"), get_tokenizer("gpt2"))
+    return task.evaluate(load_model(folder)[0], CPU, processes, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_any_number_of_processes_gives_the_same(size: int, folder: Path, result: Result) -> None:
+    """To the last bit: metrics, and every log-likelihood."""
+    for found in run(size, evaluated, str(ROWS), str(folder)):
+        assert found == result
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun(folder: Path, result: Result, tmp_path: Path) -> None:
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    words += ["-m", "eval.hellaswag", f"checkpoint={folder}", f"data_file={ROWS}", f"limit={FEW}"]
     done = subprocess.run(
-        [sys.executable, *words],
-        cwd=out.parent,
+        [sys.executable, *words, "out=examples.jsonl", "device=cpu"],
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    metrics: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return metrics
-
-
-@pytest.mark.slow
-def test_any_number_of_processes_gives_the_same(folder: Path, tmp_path: Path) -> None:
-    """To the last bit: metrics, and every log-likelihood in the file."""
-    outs = {n: tmp_path / f"{n}.jsonl" for n in (1, 3)}
-    metrics = {n: command(folder, out, n, "limit=30") for n, out in outs.items()}
-    assert metrics[1] == metrics[3]
-    assert metrics[1].keys() >= NUMBERS and metrics[1]["n"] == 30
-    assert outs[1].read_bytes() == outs[3].read_bytes()
-    assert len(outs[1].read_text().splitlines()) == 30
+    assert json.loads(done.stdout.splitlines()[-1]) == result.metrics
+    lines = (tmp_path / "examples.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result.examples
 
 
 def test_the_command_prints_and_keeps_its_numbers(
@@ -254,19 +267,45 @@ def test_found_before_the_first_step(tmp_path: Path) -> None:
 # ---- live
 
 
+def trained(rows: list[dict[str, Any]]) -> GPT2:
+    """A model that has read the contexts for a few steps; LM_EVAL_CHECKPOINT names another."""
+    if (source := os.environ.get("LM_EVAL_CHECKPOINT")) is not None:
+        return load_model(source)[0]
+    text = get_tokenizer("gpt2").encode(" ".join(row["ctx"] for row in rows)).astype("int64")
+    model = tiny_model(1, context=256).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(40):
+        start = 100 * step % (len(text) - 257)
+        tokens = torch.from_numpy(text[start : start + 257])[None]
+        optimizer.zero_grad()
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        model.transformer.wte.weight[model.config.vocab_size :] = 0
+    return model.eval()
+
+
+MODELS = {"random": lambda rows: tiny_model(1, context=256), "trained": trained}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_equals_lm_eval_live(seed: int, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("which", MODELS)
+def test_equals_lm_eval_live(which: str, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     """LM_EVAL_ROWS=hellaswag_val.jsonl.xz compares 1,000 rows of that file instead of these 100."""
     for package in ("lm_eval", "accelerate"):
         pytest.importorskip(package, reason=f"{package} is not installed (requirements-eval.txt)")
+    from lm_eval.tasks.hellaswag.utils import preprocess
+
     from eval.harness import quiet_lm_eval
     from scripts.bench_hellaswag import LmEval
 
+    for text in (" How to [title] Do it. [step] First  a. ", "[header]  x", "a [title] b [title]"):
+        assert clean(text) == preprocess(text)  # also where its own rule leaves spaces behind
     if (file := os.environ.get("LM_EVAL_ROWS")) is not None:
         rows = read_documents(file, "", "", None, "LM_EVAL_ROWS")[::10][:1000]
-    model = tiny_model(seed, context=256)
+    model = MODELS[which](rows)
     with quiet_lm_eval():
         theirs = hellaswag(LmEval(model, tmp_path), rows)
-    task = HellaSwag(rows, get_tokenizer("gpt2"))
-    assert_equal_answers(task.evaluate(model, CPU, progress=False), theirs)
+    found = HellaSwag(rows, get_tokenizer("gpt2")).evaluate(model, CPU, progress=False)
+    assert_equal_answers(found, theirs, rows)
+    assert_equal_to_plain(model, rows, found)

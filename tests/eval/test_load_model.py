@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from system import Command, checkpoints, here
+from system import TINY, Command, checkpoints, here
 
 from data.tokenizer import Bytes, FromFile, Gpt2, get_tokenizer
 from eval.checkpoint import append_results, find, load_model, open_device, results_folder
@@ -17,9 +18,15 @@ from model.huggingface import to_huggingface
 from runtime import checkpoint
 
 
+@pytest.fixture(scope="module")
+def finished(corpus: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return here(*TINY, *corpus, f"run.dir={tmp_path_factory.mktemp('finished')}/run").dir
+
+
 @pytest.fixture
-def run(tiny: Command) -> Path:
-    return here(*tiny).dir
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 def test_a_run_is_its_last_checkpoint(run: Path) -> None:

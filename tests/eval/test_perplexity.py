@@ -74,6 +74,7 @@ def test_windows_predict_each_token_once(length: int) -> None:
     assert list(rolling_windows([], 0, context)) == []
 
 
+@pytest.mark.slow
 def test_windows_are_lm_evals() -> None:
     utils = pytest.importorskip("lm_eval.utils", reason="lm_eval is not installed")
     for length in (1, 7, 8, 9, 16, 21):
@@ -86,6 +87,7 @@ def test_windows_are_lm_evals() -> None:
         assert ours == theirs
 
 
+@pytest.mark.slow
 def test_text_is_lm_evals(shared: Path) -> None:
     theirs = pytest.importorskip(
         "lm_eval.tasks.wikitext.preprocess_wikitext", reason="lm_eval is not installed"

@@ -101,7 +101,12 @@ def test_published_sizes_at_two_layers(tmp_path: Path, heads: int, width: int) -
 def test_folded_attention_scale_is_the_same_function(tmp_path: Path) -> None:
     model = random_model(replace(TINY, scale_attn_by_inverse_layer_idx=True)).eval()
     friend = theirs(export(model, tmp_path / "it", fold_attention_scale=True))
-    assert friend.config.scale_attn_by_inverse_layer_idx is False
+    # What vLLM's GPT-2 asserts of a configuration, and how it finds the tensors.
+    for option in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        assert getattr(friend.config, option) is False
+    assert friend.config.reorder_and_upcast_attn is False and friend.config.tie_word_embeddings
+    names = load_file(tmp_path / "it" / "model.safetensors")
+    assert all(name.startswith("transformer.") for name in names)
     tokens, _ = batch(TINY)
     torch.testing.assert_close(friend(tokens).logits, model(tokens), rtol=0, atol=1e-4)
 

@@ -18,10 +18,11 @@ from optim.rules import rules
 from optim.update import update_parameters
 
 slow = pytest.mark.slow
-# granularity and what decides over bits: rules whose arithmetic is the helpers' of optim/rule.py
-# are equal bit for bit; sums (a norm, a mean, a product) are taken in another order when compiled
-SAME_BITS = ["nadamw", "lion", "signum", "adopt", "ademamix"]
-TO_ROUNDING = ["mars_adamw", "came", "adafactor", "lamb", "cautious_adamw", "sinkgd", "muon"]
+# Equal bit for bit: arithmetic that is the helpers' of optim/rule.py, the norms of whole tensors
+# (MARS, LAMB), which are a call of torch's kernel compiled too, and counts (the cautious mask).
+# Other sums (of rows, of columns, products) are taken in another order when compiled.
+SAME_BITS = ["nadamw", "lion", "adopt", "ademamix", "mars_adamw", "lamb", "cautious_adamw"]
+TO_ROUNDING = ["came", "adafactor", "sinkgd", "muon"]
 
 
 def make(name: str, layers: int = 2, **options: Any) -> tuple[Optimizer, list[nn.Parameter]]:
@@ -53,7 +54,7 @@ def after(name: str, compile: bool, steps: int = 6) -> list[Tensor]:
 
 @slow
 @pytest.mark.parametrize("name", SAME_BITS)
-def test_entrywise_rules_have_equal_bits(name: str) -> None:
+def test_compiled_has_the_bits_of_eager(name: str) -> None:
     for eager, own in zip(after(name, False), after(name, True), strict=True):
         assert torch.equal(eager, own)
 
@@ -62,7 +63,7 @@ def test_entrywise_rules_have_equal_bits(name: str) -> None:
 @pytest.mark.parametrize("name", TO_ROUNDING)
 def test_others_agree_to_rounding(name: str) -> None:
     for eager, own in zip(after(name, False), after(name, True), strict=True):
-        torch.testing.assert_close(own, eager, rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(own, eager, rtol=1e-6, atol=1e-6)
 
 
 @slow

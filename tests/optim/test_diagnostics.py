@@ -87,8 +87,9 @@ def test_mars_correction_and_its_clip(scale: float, clipped: float) -> None:
     first, second = draw(2, scale)
     step(params, diagnostics, *first)
     figures = step(params, diagnostics, *second)
-    size = SCALE * (second[0] - first[0]).norm() / second[0].norm()
-    assert close(figures["optim/matrix/correction_size"], size)
+    change = SCALE * (second[0] - first[0]).norm()
+    assert close(figures["optim/matrix/correction_norm"], change)
+    assert close(figures["optim/matrix/correction_size"], change / second[0].norm())
     assert figures["optim/matrix/correction_clipped"] == clipped
     assert "optim/vector/correction_size" not in figures
 
@@ -118,6 +119,19 @@ def test_variance_of_the_first_measured_steps() -> None:
     figures = step(params, diagnostics, *second)
     variance = (second[0] - first[0]).square().sum() / 2
     assert close(figures["optim/matrix/gradient_variance"], variance)
+
+
+def test_failed_decompositions_are_reported() -> None:
+    """A gradient that is not finite spoils one factor of each side; the weights' role is told."""
+    params, diagnostics = two("shampoo", precondition_frequency=1)
+    ((matrix, vector),) = draw(1)
+    figures = step(params, diagnostics, matrix, vector)
+    assert figures["optim/matrix/failed_roots"] == figures["optim/vector/failed_roots"] == 0
+    matrix[0, 0] = torch.nan
+    with pytest.warns(UserWarning, match="preconditioner factor failed in float64 too"):
+        figures = step(params, diagnostics, matrix, vector)
+    assert figures["optim/matrix/failed_roots"] == 2
+    assert figures["optim/vector/failed_roots"] == 0
 
 
 def test_only_every_nth_step_and_nothing_held_between() -> None:

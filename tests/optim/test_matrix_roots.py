@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optim.matrix_roots import inverse_root, inverse_square_root
+from optim.matrix_roots import eigenvectors, inverse_root, inverse_square_root
 
 
 def positive(*shape: int) -> Tensor:
@@ -46,7 +46,29 @@ def test_a_failed_root_keeps_the_old_one_and_is_counted() -> None:
     a = positive(3, 8, 8)
     a[1, 0, 0] = torch.nan
     old = torch.full((3, 8, 8), 7.0)
-    root, failed = inverse_root(a, 0.25, 1e-12, old)
+    with pytest.warns(UserWarning, match="8 x 8 preconditioner factor failed in float64 too"):
+        root, failed = inverse_root(a, 0.25, 1e-12, old)
     assert failed == 1
     assert torch.equal(root[1], old[1])
     assert torch.equal(root[0], inverse_root(a[:1], 0.25, 1e-12, old[:1])[0][0])
+
+
+def test_a_decomposition_that_fails_in_float32_is_repeated_in_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a, eigh = positive(1, 8, 8), torch.linalg.eigh
+
+    def fails_in_float32(x: Tensor) -> object:
+        if x.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(x)
+
+    expected, _ = inverse_root(a, 0.25, 1e-12, a)
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
+    with pytest.warns(UserWarning, match="failed in float32, and was repeated in float64"):
+        root, failed = inverse_root(a, 0.25, 1e-12, a)
+    assert failed == 1
+    assert torch.allclose(root, expected, rtol=1e-3, atol=1e-4)
+    with pytest.warns(UserWarning, match="failed in float32"):
+        basis = eigenvectors(a)
+    assert torch.allclose(basis.mT @ basis, torch.eye(8), atol=1e-5)

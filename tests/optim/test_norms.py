@@ -8,7 +8,7 @@ import torch
 from optim.norms import clip_grad_norm, norm, rms
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (384, 384), (50304, 768), (3, 4, 5)])
+@pytest.mark.parametrize("shape", [(), (7,), (384, 384), (8192, 768), (3, 4, 5)])
 def test_norm_equals_float64(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert norm(x).item() == pytest.approx(x.double().norm().item(), rel=5e-7)

@@ -208,12 +208,3 @@ def test_table_names_every_parameter() -> None:
     assert table["0.weight"]["correction"] == "mars"
     assert table["0.weight"]["state_bytes"] == 3 * 4 * 48 + 8  # two moments, last gradient, step
     assert table["0.bias"]["correction"] == "none"
-
-
-@pytest.mark.slow
-def test_compiled_equals_eager_bit_for_bit() -> None:
-    a, b = net(), net()
-    advance(a, make(a), range(4))
-    advance(b, make(b, compile=True), range(4))
-    for x, y in zip(a.parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)

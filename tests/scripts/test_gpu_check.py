@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from runtime.config import Config
-from scripts import gpu_check
+from scripts import gpu_check, gpu_parts
+from scripts.gpu_invariants import build, compiling_nothing, parameters_of, take_step
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +49,7 @@ def test_smoke(tmp_path: Path) -> None:
     (training,) = rows["training"]
     assert training["step"] == 20 and training["val_loss"] < 6
     settings = {(row["size"], row["setting"]) for row in rows["speed"]}
-    assert settings == {(s, t) for s in gpu_check.SIZES for t in gpu_check.SETTINGS}
+    assert settings == {(s, t) for s in gpu_parts.SIZES for t in gpu_parts.SETTINGS}
     assert all(row["tokens_per_s"] > 0 and row["of_matmul"] > 0 for row in rows["speed"])
 
 
@@ -72,7 +73,7 @@ def test_halves_the_micro_batch_until_it_fits(monkeypatch: pytest.MonkeyPatch) -
     """And keeps what fits for the settings that follow, so that rows of a size can be compared."""
     tried: list[tuple[int, int]] = []
 
-    def speed(part: gpu_check.Part, config: Config, plain: bool) -> dict[str, Any]:
+    def speed(part: gpu_parts.Part, config: Config, plain: bool) -> dict[str, Any]:
         micro = config.train.micro_batch
         assert micro is not None
         tried.append((config.train.global_batch, micro))
@@ -80,18 +81,34 @@ def test_halves_the_micro_batch_until_it_fits(monkeypatch: pytest.MonkeyPatch) -
             raise torch.OutOfMemoryError("full")
         return {"micro_batch": micro, "first_step_s": 1.0}
 
-    monkeypatch.setattr(gpu_check, "speed", speed)
+    monkeypatch.setattr(gpu_parts, "speed", speed)
     rows = io.StringIO()
-    part = gpu_check.Part(torch.device("cpu"), time.monotonic() + 1000, True, rows)
-    gpu_check.measure_speed(part)
+    part = gpu_parts.Part(torch.device("cpu"), time.monotonic() + 1000, True, rows)
+    gpu_parts.measure_speed(part)
     reported = [json.loads(line) for line in rows.getvalue().splitlines()]
     assert len(reported) == 9 and {row["micro_batch"] for row in reported} == {16}
     assert tried[:3] == [(128, 64), (128, 32), (128, 16)] and len(tried) == 12
 
 
+@pytest.mark.slow
+def test_what_is_compiled_again_is_seen() -> None:
+    """Optimizers come to inductor by another way than torch.compile: both are noticed."""
+    optimizer = build("nadamw", torch.device("cpu"), compile=True)
+    take_step(optimizer, 0)
+    with compiling_nothing():
+        take_step(optimizer, 1)
+    for p in parameters_of(optimizer):
+        p.grad = p.grad.mT.contiguous().mT if p.ndim == 2 else p.grad
+    with pytest.raises(AssertionError, match="2 graphs were compiled"), compiling_nothing():
+        optimizer.step()
+    double = torch.compile(lambda x: 2 * x, dynamic=False)
+    with pytest.raises(AssertionError, match="1 graphs were compiled"), compiling_nothing():
+        double(torch.ones(3))
+
+
 def test_a_failure_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     rows = io.StringIO()
-    part = gpu_check.Part(torch.device("cpu"), time.monotonic() + 1, True, rows)
+    part = gpu_parts.Part(torch.device("cpu"), time.monotonic() + 1, True, rows)
     with part.attempt(claim="false") as row:
         row["seconds"] = 1.0
         raise AssertionError("it does not hold")

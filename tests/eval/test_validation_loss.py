@@ -23,6 +23,7 @@ from eval.checkpoint import open_device
 from eval.loss import Options, Validation, run
 from eval.options import run_with_options
 from model import GPT2, GPT2Config
+from model.document_mask import WithDocuments
 from runtime.processes import Processes
 
 CONTEXT = 16
@@ -100,16 +101,17 @@ def test_masked_documents_are_masked_here_too(split: Split, model: GPT2) -> None
     def documents(tokens: torch.Tensor) -> torch.Tensor:
         return document_numbers(tokens, ord("\n"))
 
-    masked = Validation(split, CONTEXT, None, rows=4, documents=documents)
+    validation = Validation(split, CONTEXT, None, rows=4)
+    masked = WithDocuments(model, documents, "cpu", dropout=0.0)
     inputs = torch.stack(
-        [torch.from_numpy(split.read(int(o), CONTEXT + 1)) for o in masked.offsets]
+        [torch.from_numpy(split.read(int(o), CONTEXT + 1)) for o in validation.offsets]
     )
     model.eval()
     with torch.no_grad():
         expected = model(inputs[:, :-1], inputs[:, 1:], documents=documents(inputs[:, :-1]))
     model.train()
-    assert masked.loss(model, CPU) == pytest.approx(expected.item(), rel=1e-6)
-    assert masked.loss(model, CPU) != Validation(split, CONTEXT, None, rows=4).loss(model, CPU)
+    assert validation.loss(masked, CPU) == pytest.approx(expected.item(), rel=1e-6)
+    assert validation.loss(masked, CPU) != validation.loss(model, CPU)
 
 
 # ---- the command

@@ -1,0 +1,110 @@
+"""train.attention: which of torch's kernels computes attention on a GPU.
+
+auto measures them once, forward and backward at the model's own shape, leaves out those that fail
+or do not give what the plain formula gives, and prefers the fastest from then on. What it found
+goes into the run's config.yaml: kernels round differently, and a continued run must not. Elsewhere
+than on a GPU, and with another name than auto, nothing is measured. What the preferred kernel
+cannot do (a mask, say) goes to the next.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from runtime.config import AUTO, TrainConfig
+from runtime.device import DTYPES, Device
+from runtime.processes import Processes
+from runtime.run import Run, recorded
+
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+ROWS, REPEAT = 8, 10
+TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 5e-3}  # of the largest entry; TF32 in fp32
+
+
+def settle_attention(
+    train: TrainConfig, run: Run, processes: Processes, device: Device, shape: Any
+) -> None:
+    """Replace train.attention=auto by a name, the same on all processes."""
+    if train.attention != AUTO:
+        return
+
+    def choose() -> tuple[str, str]:
+        before = recorded(run.dir, "attention")
+        if before is not None and before != AUTO:
+            return before, "as this run began"
+        if device.device.type != "cuda":
+            return "default", ""
+        times = measure(device, shape)
+        found = min(times, key=lambda name: times[name])
+        return found, ", ".join(f"{name} {1e3 * t:.2f} ms" for name, t in times.items())
+
+    train.attention, why = processes.decide(choose)
+    if why:
+        run.notes.append(f"train.attention=auto: {train.attention} ({why})")
+
+
+def attention(name: str) -> AbstractContextManager[Any]:
+    """Within it the kernel is preferred; "default": torch's own order."""
+    if name == "default":
+        return nullcontext()
+    rest = [backend for other, backend in BACKENDS.items() if other != name]
+    return sdpa_kernel([BACKENDS[name], *rest], set_priority=True)
+
+
+def measure(device: Device, shape: Any) -> dict[str, float]:
+    """Seconds of forward and backward by kernel, of those that work: the plain one always does."""
+    size = (ROWS, shape.n_head, shape.context, shape.n_embd // shape.n_head)
+    given = [torch.randn(size, device=device.device) for _ in range(4)]
+    expected = _results([t[:1] for t in given], "math", shape.dropout)
+    low = [t.to(DTYPES[device.precision]) for t in given]
+    times: dict[str, float] = {}
+    for name in BACKENDS:
+        try:
+            if shape.dropout == 0 and not _agree(
+                _results([t[:1] for t in low], name, 0.0), expected, TOLERANCE[device.precision]
+            ):
+                continue
+            seconds = []
+            for _ in range(3 + REPEAT):
+                _wait(device)
+                start = time.perf_counter()
+                _results(low, name, shape.dropout)
+                _wait(device)
+                seconds.append(time.perf_counter() - start)
+            times[name] = statistics.median(seconds[3:])
+        except (
+            RuntimeError
+        ):  # "No available kernel": not for this GPU, dtype or shape; or no memory
+            continue
+    return times or {"math": float("nan")}
+
+
+def _results(given: list[Tensor], name: str, dropout: float) -> list[Tensor]:
+    """Output and gradients, for inputs q, k, v and the gradient of the output."""
+    query, key, value = (t.detach().requires_grad_() for t in given[:3])
+    with sdpa_kernel(BACKENDS[name]):
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        return [out, *torch.autograd.grad(out, (query, key, value), given[3])]
+
+
+def _agree(found: list[Tensor], expected: list[Tensor], tolerance: float) -> bool:
+    pairs = zip(found, expected, strict=True)
+    return all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in pairs)
+
+
+def _wait(device: Device) -> None:
+    if device.device.type == "cuda":
+        torch.cuda.synchronize(device.device)
