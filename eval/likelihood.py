@@ -344,7 +344,7 @@ class _OneDnnLinear(nn.Module):
         weight = layer.weight.detach()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)  # a copy, in blocks
         self.bias = None if layer.bias is None else layer.bias.detach()
-        self.after = ("none", [], "") if gelu is None else ("gelu", [], gelu)
+        self.after: Any = ("none", [], "") if gelu is None else ("gelu", [], gelu)
 
     def forward(self, x: Tensor) -> Tensor:
         linear: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise
