@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from system import TRAIN, Command, checkpoints, losses, start, until
-from test_parallel_runs import assert_near, run_on, weights
+from test_parallel_runs import distance, run_on, weights
 
 from runtime.checkpoint import is_whole
 
@@ -145,7 +145,7 @@ def test_sigkill_of_one_rank_or_all_changes_no_bit(tiny: Command, tmp_path: Path
 def test_a_lost_machine(tiny: Command, tmp_path: Path) -> None:
     """Two torchruns on two addresses, one to two of which make the job: the second is killed with
     its process, the first goes on alone from the last checkpoint, and draws the same curve."""
-    # 60 steps, for rounding grows: 1e-6 of the loss there, 1e-3 at step 150
+    # 60 steps, for rounding grows: 2e-6 of the loss there (3e-4 of a weight), 2e-3 at step 150
     short = ("train.steps=60", "train.eval_every=0", "train.checkpoint_every=5")
     command = (*tiny, *short, "parallel=ddp", "parallel.timeout=20", "run.name=test")
     folder, endpoint = tmp_path / "elastic", f"127.0.0.1:{free_port()}"
@@ -168,7 +168,7 @@ def test_a_lost_machine(tiny: Command, tmp_path: Path) -> None:
     assert "= 2 processes x" in out
     assert re.search(r"continuing at step [1-9]\d*", out)
     whole = run_on(("none", 1), *command, folder=tmp_path / "whole")
-    assert_near(folder, whole, command)
+    assert distance(folder, whole)[0] < 1e-5
 
 
 @slow
