@@ -1,6 +1,6 @@
 """A run as a Hugging Face folder.
 
-    python -m model.huggingface export checkpoint=runs/<date>_<name> out=DIR [upload=user/name]
+    python -m eval.export checkpoint=runs/<date>_<name> out=DIR [upload=user/name]
 
 `checkpoint` is a run, a checkpoint of one, a Hugging Face folder or hub name, or a `ckpt.pt` of
 nanoGPT. The folder has weights and configuration (`model/huggingface.py`), tokenizer
@@ -32,16 +32,6 @@ class Options:
     upload: str | None = None  # user/name on the hub; needs a token (hf auth login)
     private: bool = True  # of an upload that makes the repository
     fold_attention_scale: bool = False  # see to_huggingface; for vLLM
-
-
-def main() -> int:
-    """The command line; the exit code."""
-    words = sys.argv[1:]
-    if words[:1] not in (["export"], ["-h"], ["--help"]):
-        given = words[0] if words else "nothing"
-        print(f"error: given {given}: expected export checkpoint=RUN out=DIR", file=sys.stderr)
-        return 1
-    return run_with_options(Options, run, __doc__, [word for word in words if word != "export"])
 
 
 def run(options: Options) -> None:
@@ -85,3 +75,7 @@ def upload(folder: Path, name: str, private: bool) -> None:
             f"a network, `hf auth login` or HF_TOKEN, and user/name being yours, `hf upload {name} "
             f"{folder}` sends it"
         ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(run_with_options(Options, run, __doc__, sys.argv[1:]))

@@ -5,9 +5,8 @@ a block are transposed (their Conv1D is in x out), biases always exist, and old 
 causal mask as a buffer. Nothing here needs transformers: a folder is `config.json` and safetensors.
 Pickles (`pytorch_model.bin`) are not read, because reading one can run anything.
 
-    python -m model.huggingface export checkpoint=RUN out=DIR
-
-makes a folder of a run, with tokenizer and model card (`eval/export.py`).
+`python -m eval.export checkpoint=RUN out=DIR` makes a folder of a run, with tokenizer and model
+card.
 """
 
 from __future__ import annotations
@@ -241,15 +240,6 @@ def _no_config(folder: Path) -> str:
     if (folder / "checkpoints").is_dir() or (folder / "checkpoint.json").is_file():
         return (
             f"{folder} is a run of this program: expected a Hugging Face folder, which python -m "
-            f"model.huggingface export checkpoint={folder} out=DIR makes of it"
+            f"eval.export checkpoint={folder} out=DIR makes of it"
         )
     return f"{folder} has no {CONFIG}: expected a Hugging Face folder of a GPT-2"
-
-
-if __name__ == "__main__":
-    # The command needs the run, its tokenizer and its record, and stands above them all.
-    import sys
-
-    from eval.export import main
-
-    sys.exit(main())

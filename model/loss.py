@@ -33,7 +33,8 @@ def chunked_cross_entropy(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(kind, enabled=False):
-        total: Tensor = _Chunked.apply(x, weight, bias, targets, chunks)
+        learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        total: Tensor = _Chunked.apply(x, weight, bias, targets, chunks, learning)
     return total / (targets != -100).sum() if reduction == "mean" else total
 
 
@@ -42,26 +43,33 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunks: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunks: int,
+        learning: bool,  # else no gradient is taken: inside `forward` torch does not say
     ) -> Tensor:
         exact = torch.promote_types(x.dtype, torch.float32)
         total = x.new_zeros((), dtype=exact)
-        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight, dtype=exact)
+        if learning:
+            x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight, dtype=exact)
         size = -(-len(x) // chunks)
         for start in range(0, len(x), size):
             part, wanted = x[start : start + size], targets[start : start + size]
             logits = F.linear(part, weight, bias).to(exact)
             logs = F.log_softmax(logits, dim=-1)
             total = total + F.nll_loss(logs, wanted, reduction="sum")
-            if needed:
+            if learning:
                 there = (wanted != -100)[:, None]
                 grad = logs.exp_().mul_(there)
                 grad.scatter_add_(1, wanted.clamp(min=0)[:, None], -there.to(exact))
                 grad = grad.to(x.dtype)
                 x_grad[start : start + size] = grad @ weight
                 weight_grad += grad.t() @ part
-        ctx.save_for_backward(x_grad, weight_grad.to(weight.dtype))
+        if learning:
+            ctx.save_for_backward(x_grad, weight_grad.to(weight.dtype))
         return total
 
     @staticmethod
@@ -71,7 +79,5 @@ class _Chunked(torch.autograd.Function):
         return (
             x_grad * scale.to(x_grad.dtype),
             weight_grad * scale.to(x_grad.dtype),
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )

@@ -113,15 +113,15 @@ def test_the_commands(trained: Path, tmp_path: Path) -> None:
         )  # fmt: skip
 
     out = tmp_path / "it"
-    done = command("model.huggingface", "export", f"checkpoint={trained}", f"out={out}")
+    done = command("eval.export", f"checkpoint={trained}", f"out={out}")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["dir"] == str(out)
     for source in (trained, out):
         done = command("eval.generate", f"checkpoint={source}", "prompt=def", "temperature=0")
         assert done.returncode == 0 and done.stdout.startswith("def"), done.stderr
     for words in (
-        ("model.huggingface", "export", f"checkpoint={trained}", f"out={out}"),
-        ("model.huggingface", "import"),
+        ("eval.export", f"checkpoint={trained}", f"out={out}"),
+        ("eval.export", "import"),
         ("eval.generate", "checkpoint=/nowhere"),
         ("eval.generate", f"checkpoint={out}", "top_p=2"),
     ):
