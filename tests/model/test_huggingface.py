@@ -219,7 +219,9 @@ def test_no_such_source(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from_huggingface(folder)
     (folder / "config.json").unlink()
     (folder / "checkpoints").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"is a run of this program.*eval.export checkpoint="):
+    with pytest.raises(
+        FileNotFoundError, match=r"is a run of this program.*eval.export checkpoint="
+    ):
         from_huggingface(folder)
 
 
