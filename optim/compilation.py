@@ -21,8 +21,6 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.lowering import lowerings, make_fallback
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -65,18 +63,22 @@ OPTIONS: dict[str, Any] = {
 
 
 NORM = torch.ops.aten.linalg_vector_norm.default
-if NORM not in lowerings:  # left to inductor, it does the same, but refuses where CI is set
-    make_fallback(NORM, override_decomp=True)
-DECOMPOSITIONS = {op: loop for op, loop in select_decomp_table().items() if op is not NORM}
+LIBRARY = torch.library.Library("gpt2_optim", "DEF")
+LIBRARY.define("norm(Tensor x, Scalar ord, int[]? dim, ScalarType? dtype) -> Tensor")
+for key in ("CPU", "Meta"):
+    LIBRARY.impl("norm", lambda x, ord, dim, dtype: NORM(x, ord, dim, dtype=dtype), key)
 
 
-def _norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, **dtype: Any) -> Any:
-    """On a CPU the norm of a tensor (`optim.norms.norm`, which drops dimensions) stays a call of
-    torch's kernel: in a loop of inductor's it would have other bits. Norms that keep dimensions,
-    of many rows or columns, are loops."""
+def _norm(
+    x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> Any:
+    """On a CPU the norm of a tensor (`optim.norms.norm`, which drops dimensions) is an operation
+    of our own, which calls torch's kernel: in a loop of inductor's it would have other bits. Norms
+    that keep dimensions, of many rows or columns, are loops. (To take the norm out of inductor's
+    table of decompositions does it too, but then nothing of a graph is found in its cache.)"""
     if x.device.type == "cpu" and not keepdim:
-        return NotImplemented
-    return select_decomp_table()[NORM](x, ord, dim, keepdim, **dtype)
+        return torch.ops.gpt2_optim.norm(x, ord, dim, dtype)
+    return NotImplemented
 
 
 def compiled(
@@ -96,7 +98,7 @@ def compiled(
     # inductor looks into its cache only where it finds a context with a shape environment
     context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
     with config.patch(OPTIONS), tracing(context):
-        run: Any = compile_fx(graph, inputs, decompositions=DECOMPOSITIONS, ignore_shape_env=True)
+        run: Any = compile_fx(graph, inputs, ignore_shape_env=True)
     return lambda *arguments: run(*_listed(*arguments))
 
 
