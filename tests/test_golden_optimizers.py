@@ -50,6 +50,7 @@ def adafactor(h: Hyper) -> Hyper:
     return {
         **hyper,
         "eps_style": "add",
+        "relative_decay": True,
         "beta1": h["beta1"] or 0.0,
         "beta2_decay": h["decay_rate"],
         **{key: h[key] for key in ("clip_threshold", "scale_parameter", "relative_step")},

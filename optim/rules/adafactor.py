@@ -2,15 +2,15 @@
 
     beta2_t = 1 - t^beta2_decay             V = EMA(g^2, beta2_t), factored
     h = g / sqrt(V)                         h <- h / max(1, RMS(h) / d)
-    u = max(eps2, RMS(p)) h                 (scale_parameter: steps relative to the weights)
-    p <- (1 - lr wd) p - min(lr, 1/sqrt(t)) u            (relative_step)
+    u = s h,  s = max(eps2, RMS(p))         (scale_parameter: steps relative to the weights)
+    p <- (1 - lr wd) p - r u,  r = min(lr, 1/sqrt(t))    (relative_step)
 
 Two codes are in use. torch.optim.Adafactor (the default here) guards the roots from below,
 ``eps_style: clamp``, with eps1 = 1.2e-7, float32's resolution: gradients of an RMS below 3e-4 feel
 it. transformers.Adafactor adds eps1 = 1e-30 to g^2, ``eps_style: add``; with an external lr it is
 used with ``beta1: 0.9`` and both relative options off. Its momentum averages the *lr-scaled*
-update, so that a change of lr arrives with a delay of 1 / (1 - beta1) steps. It decays by its
-relative lr where torch decays by the plain one.
+update, so that a change of lr arrives with a delay of 1 / (1 - beta1) steps. It decays by r s wd
+(``relative_decay``) where torch decays by lr wd.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Adafactor(Rule):
     clip_threshold: float = 1.0
     scale_parameter: bool = True
     relative_step: bool = True
+    relative_decay: bool = False
 
     def validate(self) -> None:
         check_beta("beta1", self.beta1)
@@ -65,13 +66,16 @@ class Adafactor(Rule):
         return {**momentum, **factored.init(param, "exp_avg_sq")}
 
     def direction(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
-        eps1, eps2 = self.eps
+        eps1 = self.eps[0]
         squares = grad * grad + (eps1 if self.eps_style == "add" else 0.0)
         factored.update_(state, "exp_avg_sq", squares, 1 - step**self.beta2_decay)
         floor = eps1 if self.eps_style == "clamp" else None
         h = grad * factored.inverse_root(state, "exp_avg_sq", floor)
         h = h / (rms(h) / self.clip_threshold).clamp(min=1.0)
-        return h * rms(param).clamp(min=eps2) if self.scale_parameter else h
+        return h * self._scale(param)
+
+    def _scale(self, param: Tensor) -> Tensor | float:
+        return rms(param).clamp(min=self.eps[1]) if self.scale_parameter else 1.0
 
     def apply(
         self,
@@ -82,8 +86,9 @@ class Adafactor(Rule):
         weight_decay: float,
         step: Tensor,
     ) -> None:
-        param.mul_(1 - lr * weight_decay)
-        u = u * (torch.minimum(lr, step.rsqrt()) if self.relative_step else lr)
+        most = torch.minimum(lr, step.rsqrt()) if self.relative_step else lr
+        param.mul_(1 - (most * self._scale(param) if self.relative_decay else lr) * weight_decay)
+        u = u * most
         param.sub_(ema_(state["exp_avg"], u, self.beta1) if self.beta1 else u)
 
 
