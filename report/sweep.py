@@ -256,7 +256,8 @@ def _caption(sweep: Sweep) -> str:
     assert found is not None
     if not found.fitted:
         return f"{sweep.label}: best tried {found.best_tried:g}"
-    return f"{sweep.label}: {found.lr:.3g} {_interval(found.low, found.high, '.3g')}"
+    interval = "(no interval)" if found.low is None else _interval(found.low, found.high, ".3g")
+    return f"{sweep.label}: {found.lr:.3g} {interval}"
 
 
 def _overview(drawn: Sequence[Sweep], metric: str, limits: tuple[float, float], path: Path) -> None:
@@ -309,7 +310,7 @@ def _panel(axes: Axes, sweep: Sweep, metric: str, color: str, limits: tuple[floa
         axes.plot(x, found.predict(x), color=color, linewidth=1.6, label="fit")
         axes.axvline(found.lr, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="optimum")
         if found.low is not None and found.high is not None:
-            axes.axvspan(found.low, found.high, color=INK, alpha=0.08, lw=0)
+            axes.axvspan(found.low, found.high, color=INK, alpha=0.08, lw=0, label="95 % interval")
     above = [lr for lr, loss in table.items() if loss > top]
     if above:
         axes.plot(
