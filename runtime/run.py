@@ -125,6 +125,8 @@ def _open(folder: Path, config: Config, strict: bool, fork: Path | None = None) 
         raise InUse(
             f"{folder} is in use by another process: wait for it or choose another run.dir"
         ) from None
+    for leftover in folder.glob(".*.tmp"):  # of a write that a kill cut off (runtime/files.py)
+        leftover.unlink(missing_ok=True)
     continued = (folder / TRAJECTORY).exists()
     if continued:
         differences = _differences(json.loads((folder / TRAJECTORY).read_text()), config)

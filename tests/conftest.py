@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=GOLDENS,
         help="folder of golden trajectories (default: the copies under tests/goldens)",
     )
+    parser.addoption("--kills", type=int, default=2, help="of a run of two processes, per layout")
 
 
 @pytest.fixture

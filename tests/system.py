@@ -51,7 +51,10 @@ TINY = (
 Command = tuple[str, ...]
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["train", "safetensors.torch"])
+_LATE = ("_dynamo", "distributed.fsdp", "distributed.checkpoint", "distributed.run")  # of torch
+_forks.set_forkserver_preload(
+    ["train", "safetensors.torch", "optim.divided", *(f"torch.{name}" for name in _LATE)]
+)
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,33 @@ def start(*overrides: str, output: Path, **environment: str) -> BaseProcess:
         process = _forks.Process(target=_forked, args=(overrides, output, environment))
         process.start()
     return process
+
+
+def start_agent(*overrides: str, options: Command, output: Path, **environment: str) -> BaseProcess:
+    """Start the command as torchrun with ``options`` does, and again when a worker fails, but in
+    forks: the agent is torchrun's own, its workers do not import torch anew."""
+    with patch.dict(os.environ, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}):
+        arguments = (overrides, options, output, environment)
+        process = _forks.Process(target=_forked_agent, args=arguments)
+        process.start()
+    return process
+
+
+def _forked_agent(
+    overrides: Command, options: Command, output: Path, environment: dict[str, str]
+) -> None:
+    from torch.distributed import run
+    from torch.distributed.launcher.api import elastic_launch
+
+    os.environ.update(environment)
+    config, _, _ = run.config_from_args(run.parse_args([*options, str(TRAIN)]))
+    config.start_method = "fork"
+    with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        elastic_launch(config, _worker)(overrides)
+
+
+def _worker(overrides: Command) -> None:
+    sys.exit(_main(overrides))
 
 
 def _forked(overrides: Command, output: Path, environment: dict[str, str]) -> None:

@@ -34,16 +34,23 @@ def lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
+def starts(folder: Path) -> int:
+    """How often training has started or gone on; it then says "run <folder> ..."."""
+    return sum(line.startswith("run ") for line in lines(folder / "log.txt"))
+
+
 def kill(command: Command, folder: Path, chance: random.Random) -> tuple[bool, bool]:
     """Start the command and kill it after a random time. Returns whether it was alive still, and
     whether it was killed inside a checkpoint write."""
-    log = folder / "log.txt"
-    said = len(lines(log))
+    before = starts(folder)
     process = start(*command, output=folder.with_suffix(".out"))
-    if chance.random() < 0.75:  # count from the start of training, else from that of the process
-        while process.is_alive() and len(lines(log)) == said:
+    if chance.random() < 0.75:  # count from the first checkpoint, else from the process's start
+        while process.is_alive() and starts(folder) == before:
             time.sleep(0.001)
-    time.sleep(chance.uniform(0, 0.4))
+        had = set(folder.glob("checkpoints/*"))
+        while process.is_alive() and set(folder.glob("checkpoints/*")) == had:
+            time.sleep(0.001)
+    time.sleep(chance.uniform(0, 0.25))
     alive = process.is_alive()
     process.kill()
     process.join()

@@ -1,6 +1,6 @@
 """A job of several processes in which something goes wrong on rank 1 (for test_processes.py).
 
-torchrun ... job.py WHAT FOLDER
+torchrun ... job.py WHAT,WHAT,... FOLDER        one for each time that torchrun starts it
 """
 
 from __future__ import annotations
@@ -33,42 +33,30 @@ def hang() -> None:
     time.sleep(600)
 
 
-def die_once() -> None:
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def nothing() -> None:
-    pass
+WHAT: dict[str, Callable[[], None]] = {f.__name__: f for f in (fail, hang, die)}
 
 
-WHAT: dict[str, Callable[[], None]] = {
-    f.__name__: f for f in (fail, mistake, hang, die_once, nothing)
-}
-
-
-def main(what: str, folder: Path) -> None:
+def main(each: str, folder: Path) -> None:
     apart = Apart(rank_in_environment())
     all_ = join(TIMEOUT)
     print(f"hello from {all_.rank} of {all_.size}", flush=True)
-    if what == "undecided":
+    if each == "undecided":
         all_.decide(mistake)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    run = Path(
-        all_.decide(lambda: str(folder / f"run_{os.getpid() if attempt == '0' else 'again'}"))
-    )
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    run = all_.decide(lambda: folder / f"run_{attempt}")
     apart.keep(run / "logs")
     guard = Guard(all_.rank, all_.size, run / "errors", TIMEOUT, apart.terminal, (ConfigError,))
     with guard:
         for step in range(6):
             guard.beat(step, "work")
-            if step == 3 and (all_.rank == 1 or what == "mistake"):
-                WHAT[what]()
+            if step == 3 and all_.rank == 1:
+                (run / "began").touch()
+                WHAT[each.split(",")[attempt]]()
             assert all_.gather(step) == [step] * all_.size
-    all_.barrier()
-    if all_.first:
-        print(f"finished in {run.name}", flush=True)
-    all_.leave()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,20 +18,19 @@ from runtime.processes import DecidedElsewhere, Processes, join
 JOB = Path(__file__).with_name("job.py")
 
 
-def torchrun(what: str, folder: Path, *options: str, size: int = 2) -> tuple[int, str, float]:
-    """Exit code, what was printed on the terminal, seconds."""
+def torchrun(what: str, folder: Path, *options: str, size: int = 2) -> tuple[int, str]:
+    """Exit code, and what was printed on the terminal."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={size}", *options, str(JOB), what, str(folder)]
-    began = time.monotonic()
     done = subprocess.run(
         command,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=90,
+        timeout=120,
     )
-    return done.returncode, done.stdout, time.monotonic() - began
+    return done.returncode, done.stdout
 
 
 # ---- one process ---------------------------------------------------------------------------------
@@ -97,50 +95,33 @@ def test_consequences_are_told_from_reasons() -> None:
 
 
 @pytest.mark.slow
-def test_other_ranks_print_into_their_logs(tmp_path: Path) -> None:
-    code, out, _ = torchrun("nothing", tmp_path)
-    assert code == 0, out
-    assert "hello from 0 of 2" in out and "hello from 1" not in out
-    (folder,) = tmp_path.glob("run_*")  # one run for all
-    assert (folder / "logs/rank_1.log").read_text() == "hello from 1 of 2\n"
-
-
-@pytest.mark.slow
-def test_the_failing_rank_is_on_top(tmp_path: Path) -> None:
-    code, out, _ = torchrun("fail", tmp_path)
+def test_death_hang_and_error(tmp_path: Path) -> None:
+    """One job that torchrun starts three times: rank 1 dies, then hangs, then fails."""
+    code, out = torchrun("die,hang,fail", tmp_path, "--max-restarts=2")
     assert code == 1
-    assert out.count("ZeroDivisionError: the true reason\n") >= 1
-    assert out.index("rank 1 on") < out.index("torch.distributed")
-    before_summary = out[: out.index("ChildFailedError")]
-    assert before_summary.count("Traceback") <= 2  # the failing rank's, and torchrun's own
-    (report,) = tmp_path.glob("run_*/errors/rank_1.json")
-    assert json.loads(report.read_text())["step"] == 3
+    died, hung, failed = (tmp_path / f"run_{attempt}" for attempt in range(3))  # one for all ranks
+    assert (died / "began").exists()
+
+    assert "no progress for 5 s" in out
+    assert "in hang" in out  # the function of the stack that hangs
+    assert json.loads((hung / "errors/rank_1.json").read_text())["kind"] == "hang"
+    began, ended = (path.stat().st_mtime for path in (hung / "began", hung / "errors/rank_1.json"))
+    assert ended - began < 5 + 10
+
+    last = out[out.index("no progress for 5 s") :]
+    assert "ZeroDivisionError: the true reason\n" in last
+    assert last.index("rank 1 on", last.index("in hang")) < last.index("ChildFailedError")
+    assert json.loads((failed / "errors/rank_1.json").read_text())["step"] == 3
+
+    assert "hello from 0 of 2" in out and "hello from 1" not in out  # but in the log of its run:
+    assert (failed / "logs/rank_1.log").read_text().startswith("hello from 1 of 2\n")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["mistake", "undecided"])
-def test_a_mistake_is_told_once(tmp_path: Path, what: str) -> None:
-    code, out, _ = torchrun(what, tmp_path)
+def test_what_rank_0_cannot_decide_is_told_once(tmp_path: Path) -> None:
+    code, out = torchrun("undecided", tmp_path)
     assert code == 1
     assert out.count("error: a mistake that all processes find") == 1
     assert "Traceback" not in out[: out.index("ChildFailedError")].replace(
         'Traceback (most recent call last):\n  File "<frozen runpy>"', ""
     )
-
-
-@pytest.mark.slow
-def test_a_hang_says_where_every_rank_was(tmp_path: Path) -> None:
-    code, out, seconds = torchrun("hang", tmp_path)
-    assert code == 1
-    assert seconds < 30
-    assert "no progress for 5 s" in out
-    assert "in hang" in out  # the function of the stack that hangs
-    reports = [json.loads(p.read_text()) for p in tmp_path.glob("run_*/errors/*.json")]
-    assert {r["kind"] for r in reports if r["rank"] == 1} == {"hang"}
-
-
-@pytest.mark.slow
-def test_a_restart_connects_at_once(tmp_path: Path) -> None:
-    code, out, _ = torchrun("die_once", tmp_path, "--max-restarts=1")
-    assert code == 0, out
-    assert "finished in run_again" in out
