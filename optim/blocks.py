@@ -8,15 +8,17 @@ rows as they do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from dataclasses import dataclass
+from functools import cache, wraps
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from optim.rule import State, check_positive
+from optim.rule import Granularity, Rule, State, check_positive
+from optim.sharding import plan
 
 
 def blocks(shape: Sequence[int], size: int) -> list[tuple[slice, ...]]:
@@ -52,6 +54,40 @@ def factored_work(
             if n <= longest:
                 work += fused * (products * n * prod(lengths) + decomposition * n**3)
     return int(work)
+
+
+@dataclass(frozen=True)
+class Factored(Rule):
+    """Base of rules with a factor for each side of each block, all of which are decomposed every
+    ``precondition_frequency`` steps: in one of them, or with ``spread`` each matrix in its own,
+    such that these steps cost about the same."""
+
+    granularity: ClassVar[Granularity] = "matrix"
+    orders: ClassVar[tuple[int, ...]] = (1, 2)
+    # of a block with a matrix of one side in each step, and how many a decomposition is worth
+    products: ClassVar[int]
+    decomposition: ClassVar[int]
+
+    precondition_frequency: int = 1
+    spread: bool = False
+    fused: int = 1  # matrices stacked in rows
+
+    def cuts(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Size of the blocks, and the longest side that has a factor."""
+        raise NotImplementedError
+
+    def work(self, shape: Sequence[int]) -> int:
+        often = self.decomposition / self.precondition_frequency
+        return factored_work(shape, self.fused, *self.cuts(shape), self.products, often)
+
+    def phases(self, shapes: tuple[torch.Size, ...]) -> Sequence[int]:
+        return _even_phases(self, shapes) if self.spread else super().phases(shapes)
+
+
+@cache
+def _even_phases(rule: Factored, shapes: tuple[torch.Size, ...]) -> Sequence[int]:
+    costs = [factored_work(s, rule.fused, *rule.cuts(s), 0, rule.decomposition) for s in shapes]
+    return plan(costs, rule.precondition_frequency).owners
 
 
 def as_matrices(stack: Tensor) -> Tensor:

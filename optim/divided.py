@@ -5,7 +5,8 @@ the work is divided says optim/division.py; the rules are those of one process:
 
     element   update the rows that are this process's
     tensor    the same, side by side up to each sum over a whole tensor (optim/lockstep.py); so do
-              element rules behind MARS or the cautious mask
+              element rules behind MARS or the cautious mask. State that does not follow the rows,
+              as the means of columns, is kept in slices and whole during the update alone
     matrix    gradients travel to the owners, which compute the directions; these travel back in
               waves, each while the next is computed, and every process applies them to its rows
 
@@ -15,6 +16,7 @@ Updates that ask for sums run eagerly, whatever ``compile`` says.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -56,6 +58,7 @@ class DividedOptimizer(Optimizer):
         maximize: bool = False,
     ) -> None:
         self.division = division
+        self._sliced: dict[Tensor, dict[str, torch.Size]] = {}  # whole shapes, by key
         super().__init__(groups, compile=compile, maximize=maximize)
 
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
@@ -89,8 +92,10 @@ class DividedOptimizer(Optimizer):
                 sharing.append(self._share(_with_gradient(group), parts[0]))
         if summed:
             rule = self._parts(summed[0])[0]  # all of them divide alike
-            tasks = [task for group in summed for task in self._tasks(group)]
-            lockstep(tasks, self.division.add_up(rule))
+            params = [p for group in summed for p in _with_gradient(group)]
+            with self._whole_slices(params, rule):
+                tasks = [task for group in summed for task in self._tasks(group)]
+                lockstep(tasks, self.division.add_up(rule))
             sharing += [self._share(_with_gradient(group), rule) for group in summed]
         for group, journey in journeys:
             self._update_owned(group, journey)
@@ -105,11 +110,25 @@ class DividedOptimizer(Optimizer):
         return [
             partial(
                 update_parameters,
-                *(rule, correction, mask, rule.direction_at(count(state)), group["weight_decay"]),
+                *(rule, correction, mask, rule.direction_at(count(state), phase)),
+                group["weight_decay"],
                 *([param], [grad], [state], lr),
             )
-            for param, grad, state in pieces
+            for param, grad, state, phase in pieces
         ]
+
+    @contextmanager
+    def _whole_slices(self, params: list[Tensor], rule: Rule) -> Iterator[None]:
+        """Within, states are whole of which each process keeps a slice."""
+        kept = [(self.state[p], *item) for p in params for item in self._sliced[p].items()]
+        slices = [state[key] for state, key, _ in kept]
+        if kept:
+            whole = self.division.unslice(slices, [shape for *_, shape in kept], rule)
+            for (state, key, _), tensor in zip(kept, whole, strict=True):
+                state[key] = tensor
+        yield
+        for (state, key, _), own in zip(kept, slices, strict=True):
+            state[key] = own.copy_(self.division.slice(state[key], rule))
 
     # ---- owners ---------------------------------------------------------------------------------
 
@@ -140,10 +159,11 @@ class DividedOptimizer(Optimizer):
         rule, correction, mask = self._parts(group)
         # Owners see no parameters: a rule that reads one gets NaN, and does not go wrong unnoticed.
         us = {i: torch.full_like(grad, torch.nan) for i, grad in grads.items()}
-        pieces = [Piece(us[i], grad, states[i]) for i, grad in grads.items()]
+        phases = self._phases(group)
+        pieces = [Piece(us[i], grad, states[i], phases[i]) for i, grad in grads.items()]
         for some, _ in self._calls(group, pieces):
-            params, own, kept = map(list, zip(*some, strict=True))
-            direction = rule.direction_at(count(kept[0]))
+            params, own, kept, phase = map(list, zip(*some, strict=True))
+            direction = rule.direction_at(count(kept[0]), phase[0])
             how = (rule, correction, mask, direction, group["weight_decay"])
             update = partial(write_directions, *how)
             self._run(update, how, False, params, own, kept, self._lr_tensor(group))
@@ -159,8 +179,12 @@ class DividedOptimizer(Optimizer):
             self.division.assign(group["params"], rule)
 
     def _fresh_state(self, param: Tensor, rule: Rule, correction: Correction) -> State:
+        self._sliced[param] = self.division.sliced(param, rule, correction)
         seen = self.division.seen(param, rule)
-        return {} if seen is None else super()._fresh_state(seen, rule, correction)
+        state = {} if seen is None else super()._fresh_state(seen, rule, correction)
+        for key in self._sliced[param]:
+            state[key] = self.division.slice(state[key], rule).clone()
+        return state
 
     def _gradients(self, group: Mapping[str, Any]) -> Iterator[tuple[State, Tensor]]:
         if not self.division.by_owners(self._parts(group)[0]):

@@ -166,23 +166,44 @@ class Division:
             return self.part(param, rule)
         return held(param).new_empty(()).expand(param.shape) if self.is_owned(param, rule) else None
 
+    def sliced(self, param: Tensor, rule: Rule, correction: Correction) -> dict[str, torch.Size]:
+        """Whole shapes of states that do not follow the parameter's rows (means of its columns).
+        Each process keeps a slice of them, cut as rows are, and all are needed for an update."""
+        if not self.in_parts(rule) or self.by_owners(rule):
+            return {}
+        whole = whole_state(param, param.shape, rule, correction)
+        none = whole_state(param, (0, *param.shape[1:]), rule, correction)
+        return {k: x.shape for k, x in whole.items() if x.ndim and x.shape == none[k].shape}
+
+    def slice(self, whole: Tensor, rule: Rule) -> Tensor:
+        """The rows of a whole tensor that this process updates, as a view."""
+        start, stop = self._transport(rule).table.updated(len(whole))
+        return whole[start:stop]
+
+    def unslice(
+        self, slices: Sequence[Tensor], shapes: Sequence[torch.Size], rule: Rule
+    ) -> list[Tensor]:
+        """Whole tensors from the slices of all processes, in one message: a sum, to which each
+        adds zeros where it has nothing."""
+        whole = [own.new_zeros(shape) for own, shape in zip(slices, shapes, strict=True)]
+        for tensor, own in zip(whole, slices, strict=True):
+            self.slice(tensor, rule).copy_(own)
+        return self.add_up(rule)(whole)
+
     def named(self, param: Tensor, state: State, rule: Rule, correction: Correction) -> State:
         """State for a checkpoint: what is kept for some rows becomes a DTensor of all."""
         if not self.in_parts(rule) or self.by_owners(rule):
             return state
         whole = whole_state(param, param.shape, rule, correction)
-        none = whole_state(param, (0, *param.shape[1:]), rule, correction)
         return {
-            key: self._of_rows(tensor, whole[key].shape, rule, param)
-            if whole[key].shape != none[key].shape
-            else tensor
+            key: self._of_rows(tensor, whole[key].shape, rule, param) if whole[key].ndim else tensor
             for key, tensor in state.items()
         }
 
     def copy_(self, own: Tensor, saved: Tensor, rule: Rule) -> None:
         """Copy into a tensor of `named` from one of the same division, or from a whole one."""
         if isinstance(own, DTensor) and not isinstance(saved, DTensor):
-            saved = saved[slice(*self._transport(rule).table.updated(len(saved)))]
+            saved = self.slice(saved, rule)
         held(own).copy_(held(saved))
 
     def _of_rows(self, part: Tensor, shape: Sequence[int], rule: Rule, param: Tensor) -> DTensor:

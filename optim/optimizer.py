@@ -30,17 +30,19 @@ from optim.rule import Rule, State, count
 from optim.rules import build_rule
 from optim.update import How, Update, is_entrywise, is_vector, update_joined, update_parameters
 
-# parameters of one shape in a compiled call, at most: few, for the time that compilation takes and
-# for the cache of a CPU; on a GPU calls must be fewer than kernels are slow (not measured)
-PER_GRAPH = {"cpu": 2, "cuda": 12}
+# Parameters of one shape in a compiled call, at most: where entries depend on nothing else, and
+# where they do. Few, for the time that compilation takes (a second per parameter of the second
+# kind) and for the cache of a CPU; on a GPU calls must be fewer than kernels are slow (unmeasured).
+PER_GRAPH = {"cpu": (2, 1), "cuda": (12, 12)}
 
 
 class Piece(NamedTuple):
-    """What is updated at once: a parameter, its gradient and its state."""
+    """What is updated at once: a parameter, its gradient, its state and its `Rule.phases`."""
 
     param: Tensor
     grad: Tensor
     state: State
+    phase: int
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -198,11 +200,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def _pieces(self, group: Mapping[str, Any]) -> list[Piece]:
         rule = self._parts(group)[0]
+        params = [p for p in group["params"] if p.grad is not None]
         return [
-            Piece(self._part(p, rule), signed(self._part(p.grad, rule), group), self.state[p])
-            for p in group["params"]
-            if p.grad is not None
+            Piece(self._part(p, rule), signed(self._part(p.grad, rule), group), self.state[p], k)
+            for p, k in zip(params, self._phases(group), strict=True)
         ]
+
+    def _phases(self, group: Mapping[str, Any]) -> list[int]:
+        """`Rule.phases`, which looks at all parameters, of those that have a gradient."""
+        params = group["params"]
+        phases = self._parts(group)[0].phases(tuple(p.shape for p in params))
+        return [k for p, k in zip(params, phases, strict=True) if p.grad is not None]
 
     def _update_groups(self) -> None:
         for group in self.param_groups:
@@ -217,8 +225,8 @@ class Optimizer(torch.optim.Optimizer):
         if self._by_kernel(group, rule, lr, pieces):
             return
         for some, joined in self._calls(group, pieces):
-            params, grads, states = map(list, zip(*some, strict=True))
-            direction = rule.direction_at(count(states[0]))
+            params, grads, states, phases = map(list, zip(*some, strict=True))
+            direction = rule.direction_at(count(states[0]), phases[0])
             how = (rule, correction, mask, direction, group["weight_decay"])
             update = partial(update_joined if joined else update_parameters, *how)
             self._run(update, how, joined, params, grads, states, lr)
@@ -230,7 +238,7 @@ class Optimizer(torch.optim.Optimizer):
         plain = group["correction"] == "none" and group["mask"] == "none"
         if not plain or lr.device.type != "cpu":
             return False
-        params, grads, states = map(list, zip(*pieces, strict=True))
+        params, grads, states, _ = map(list, zip(*pieces, strict=True))
         if not rule.has_kernel(params):
             return False
         rule.kernel(params, grads, states, float(lr), group["weight_decay"])
@@ -240,22 +248,25 @@ class Optimizer(torch.optim.Optimizer):
         self, group: Mapping[str, Any], pieces: list[Piece]
     ) -> Iterator[tuple[list[Piece], bool]]:
         """Pieces to update in one call, and whether joined into one vector. The others of a
-        call have one shape: all matrices for a matrix rule on a GPU; what is compiled in equal
-        parts, which share one graph, small whatever the depth of the model; else one by one."""
+        call have one shape and direction: all matrices for a matrix rule on a GPU; what is compiled
+        in equal parts, which share one graph, small whatever the depth of the model; else one by
+        one."""
         rule, correction, mask = self._parts(group)
         entrywise = is_entrywise(rule, correction, mask)
         sets: dict[Any, list[Piece]] = {}
         for piece in pieces:
-            p, grad, state = piece
-            joined = entrywise and is_vector(p, state)
-            key = (joined, None if joined else p.shape, p.dtype, grad.device, count(state))
+            p, grad, state, phase = piece
+            joined, steps = entrywise and is_vector(p, state), count(state)
+            shape, direction = None if joined else p.shape, rule.direction_at(steps, phase)
+            key = (joined, shape, p.dtype, grad.device, steps, direction)
             sets.setdefault(key, []).append(piece)
         for (joined, *_), alike in sets.items():
             size = 1
             if joined or (rule.granularity == "matrix" and alike[0].grad.is_cuda):
                 size = len(alike)
             elif self._compile and rule.granularity != "matrix":
-                size = _equal_part(len(alike), PER_GRAPH.get(alike[0].param.device.type, 1))
+                most = PER_GRAPH.get(alike[0].param.device.type, (1, 1))
+                size = _equal_part(len(alike), most[not entrywise])
             for i in range(0, len(alike), size):
                 yield alike[i : i + size], joined
 
@@ -286,8 +297,9 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         """Call a function of optim/update.py, compiled where that pays."""
         rule, correction, mask, direction, weight_decay = how
-        plain = not joined and direction == rule.direction and params[0].numel()
-        if self._compile and plain:
+        # a CPU gains little on a vector, whose compilation takes as long as that of a matrix
+        small = joined or not params[0].numel() or (params[0].ndim < 2 and params[0].is_cpu)
+        if self._compile and not small and direction == rule.direction:
             alike = [(t.shape, t.stride(), t.dtype, t.device) for t in (*params, *grads, lr)]
             key = (update.func, rule, correction, mask, weight_decay, *alike)
             if key not in self._compiled:
@@ -326,7 +338,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _gradients(self, group: Mapping[str, Any]) -> Iterator[tuple[State, Tensor]]:
         """Gradients of a group beside the states that are kept here."""
-        return ((state, grad) for _, grad, state in self._pieces(group))
+        return ((piece.state, piece.grad) for piece in self._pieces(group))
 
     # ---- state ----------------------------------------------------------------------------------
 

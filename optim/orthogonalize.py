@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from optim.norms import matrix_norm
+from optim.symmetric import syrk
 
 Polynomial = tuple[float, float, float]
 
@@ -54,7 +55,7 @@ COEFFICIENTS: dict[str, list[Polynomial]] = {
 
 def _gram_first(x: Tensor, gram: Tensor, a: float, b: float, c: float) -> Tensor:
     """a X + (b A + c A^2) X: A^2 is the smaller product where X is wide (Keller Jordan's order)."""
-    polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    polynomial = syrk(gram, gram, beta=b, alpha=c)  # A is symmetric: A A^T is A^2
     return torch.baddbmm(x, polynomial, x, beta=a)
 
 
@@ -92,5 +93,5 @@ def newton_schulz(
     polynomials = COEFFICIENTS[coefficients]
     for i in range(steps):
         a, b, c = polynomials[min(i, len(polynomials) - 1)]
-        stack = ORDERS[order](stack, torch.bmm(stack, stack.mT), a, b, c)
+        stack = ORDERS[order](stack, syrk(stack), a, b, c)
     return (stack.mT if tall else stack).to(x.dtype).reshape(x.shape)

@@ -82,10 +82,17 @@ class Rule:
         """
         raise NotImplementedError
 
-    def direction_at(self, step: int) -> Direction:
+    def direction_at(self, step: int, phase: int = 0) -> Direction:
         """The function to call in place of `direction` at this step: for what is done every so
-        many steps only, such as taking the roots of a preconditioner. Not compiled."""
+        many steps only, such as taking the roots of a preconditioner, and ``phase`` steps later
+        than where phase is 0 (but for the first time, which may be common). Not compiled."""
         return self.direction
+
+    def phases(self, shapes: tuple[torch.Size, ...]) -> Sequence[int]:
+        """The phase of each parameter of a group, given the shapes of all, so that what is done
+        every so many steps is not done for all of them in the same step. A function of shapes
+        alone: all processes find the same, and there is nothing to be saved."""
+        return (0,) * len(shapes)
 
     def has_kernel(self, params: list[Tensor]) -> bool:
         """Whether `kernel` can do the whole update, direction and apply, of these parameters."""

@@ -6,8 +6,10 @@
 
 beta2 = 1 sums instead of averaging (AdaGrad). A vector has one factor d x d, to the power -1/2. The
 roots are taken every ``precondition_frequency`` steps from ``start_step`` on; before it the step is
-Adam's, or without grafting plain momentum. Matrices larger than ``max_dim`` are cut into blocks,
-each with its own factors and grafting. Decompositions that failed are counted in the state.
+Adam's, or without grafting plain momentum. With ``spread``, after the first roots, each matrix has
+a step of its own among these, so that every step takes some roots and none takes all. Matrices
+larger than ``max_dim`` are cut into blocks, each with its own factors and grafting. Decompositions
+that failed are counted in the state.
 
 As facebookresearch/optimizers distributed_shampoo with decoupled weight decay, except: it merges
 dimensions whose product is at most its max_preconditioner_dim (a small matrix becomes a vector),
@@ -23,13 +25,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optim.blocks import as_matrices, blocks, each_fused, factored_work, sides, state_of_fused
+from optim.blocks import Factored, as_matrices, blocks, each_fused, sides, state_of_fused
 from optim.matrix_roots import DTYPES, inverse_root
 from optim.norms import matrix_norm
 from optim.rule import (
     Direction,
-    Granularity,
-    Rule,
     State,
     check_beta,
     check_choice,
@@ -39,12 +39,13 @@ from optim.rule import (
     root,
     zeros,
 )
+from optim.symmetric import syrk
 
 
 @dataclass(frozen=True)
-class Shampoo(Rule):
-    granularity: ClassVar[Granularity] = "matrix"
-    orders: ClassVar[tuple[int, ...]] = (1, 2)
+class Shampoo(Factored):
+    products: ClassVar[int] = 2
+    decomposition: ClassVar[int] = 10
 
     betas: tuple[float, float] = (0.9, 1.0)
     eps: float = 1e-12
@@ -53,10 +54,8 @@ class Shampoo(Rule):
     grafting_beta2: float = 0.99
     grafting_eps: float = 1e-8
     max_dim: int = 1024
-    precondition_frequency: int = 1
     start_step: int = 1
     factor_dtype: str = "float32"
-    fused: int = 1  # matrices stacked in rows (optim/blocks.py)
 
     def validate(self) -> None:
         check_beta("betas[0]", self.betas[0])
@@ -72,9 +71,8 @@ class Shampoo(Rule):
     def momentum(self) -> float:
         return self.betas[0]
 
-    def work(self, shape: Sequence[int]) -> int:
-        often = 10 / self.precondition_frequency  # an eigendecomposition is worth ten products
-        return factored_work(shape, self.fused, self.max_dim, self.max_dim, 2, often)
+    def cuts(self, shape: Sequence[int]) -> tuple[int, int]:
+        return self.max_dim, self.max_dim
 
     @state_of_fused
     def init_state(self, param: Tensor) -> State:
@@ -86,10 +84,10 @@ class Shampoo(Rule):
             state |= {f"factor.{key}": torch.zeros_like(start), f"root.{key}": start}
         return state
 
-    def direction_at(self, step: int) -> Direction:
+    def direction_at(self, step: int, phase: int = 0) -> Direction:
         if step < self.start_step and self.grafting == "adam":
             return self.before_start
-        due = step > self.start_step and step % self.precondition_frequency == 0
+        due = step > self.start_step and (step - phase) % self.precondition_frequency == 0
         return self.with_new_roots if due or step == self.start_step else self.direction
 
     @each_fused
@@ -113,7 +111,7 @@ class Shampoo(Rule):
         for i, (r, c) in enumerate(blocks(x.shape[1:], self.max_dim)):
             for side, block in enumerate((x[:, r, c], x[:, r, c].mT)):
                 if (key := f"factor.{i}.{side}") in state:
-                    state[key].mul_(beta2).add_(block @ block.mT * (1 - beta2 or 1.0))
+                    state[key].mul_(beta2).add_(syrk(block) * (1 - beta2 or 1.0))
         m = ema_(state["exp_avg"], grad, beta1) / (1 - beta1**step if self.bias_correction else 1)
         if self.grafting == "none":
             return m, m

@@ -5,7 +5,8 @@
     u = QL (m / (sqrt(v) + eps)) QR^T * sqrt(1 - beta2^k) / (1 - beta1^k)           k = t - 1
 
 and every ``precondition_frequency`` steps QL, QR follow L, R by one step of power iteration,
-Q <- qr(L Q); v is permuted with the columns' order and m rotated into the new basis. As the
+Q <- qr(L Q); v is permuted with the columns' order and m rotated into the new basis; with
+``spread`` each matrix has a step of its own among these, so that none turns all bases. As the
 authors' code (nikhilvyas/SOAP): step 1 only sets the basis, which knows past gradients only, and
 decay comes last. Vectors, and sides longer than ``max_precond_dim``, are not rotated (eps raw).
 """
@@ -19,12 +20,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optim.blocks import each_fused, factored_work, state_of_fused
+from optim.blocks import Factored, each_fused, state_of_fused
 from optim.matrix_roots import eigenvectors, turned
 from optim.rule import (
     Direction,
-    Granularity,
-    Rule,
     State,
     after_first,
     check_beta,
@@ -35,19 +34,19 @@ from optim.rule import (
     root,
     zeros,
 )
+from optim.symmetric import syrk
 
 
 @dataclass(frozen=True)
-class Soap(Rule):
-    granularity: ClassVar[Granularity] = "matrix"
-    orders: ClassVar[tuple[int, ...]] = (1, 2)
+class Soap(Factored):
+    products: ClassVar[int] = 3
+    decomposition: ClassVar[int] = 6
 
     betas: tuple[float, float] = (0.95, 0.95)
     shampoo_beta: float = 0.95
     eps: float = 1e-8
     precondition_frequency: int = 10
     max_precond_dim: int = 10000
-    fused: int = 1  # matrices stacked in rows (optim/blocks.py)
 
     def validate(self) -> None:
         check_betas(self.betas)
@@ -59,10 +58,8 @@ class Soap(Rule):
     def momentum(self) -> float:
         return self.betas[0]
 
-    def work(self, shape: Sequence[int]) -> int:
-        longest = self.max_precond_dim if len(shape) == 2 else 0
-        often = 6 / self.precondition_frequency  # a QR is worth about six products
-        return factored_work(shape, self.fused, max(shape), longest, 3, often)
+    def cuts(self, shape: Sequence[int]) -> tuple[int, int]:
+        return max(shape), self.max_precond_dim if len(shape) == 2 else 0
 
     @state_of_fused
     def init_state(self, param: Tensor) -> State:
@@ -73,10 +70,11 @@ class Soap(Rule):
                 state |= {f"{key}.{side}": zeros(square) for key in ("factor", "basis")}
         return state
 
-    def direction_at(self, step: int) -> Direction:
+    def direction_at(self, step: int, phase: int = 0) -> Direction:
         if step == 1:
             return self.first
-        return self.direction if (step - 1) % self.precondition_frequency else self.with_new_basis
+        due = (step - 1 - phase) % self.precondition_frequency == 0
+        return self.with_new_basis if due else self.direction
 
     @each_fused
     def first(self, grad: Tensor, state: State, param: Tensor, step: Tensor) -> Tensor:
@@ -113,7 +111,7 @@ class Soap(Rule):
     def _accumulate(self, grad: Tensor, state: State) -> None:
         for side in _sides(state):
             x = grad.mT if side else grad
-            ema_(state[f"factor.{side}"], x @ x.mT, self.shampoo_beta)
+            ema_(state[f"factor.{side}"], syrk(x), self.shampoo_beta)
 
     def apply(
         self,

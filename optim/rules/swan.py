@@ -24,6 +24,7 @@ from optim.blocks import each_fused, state_of_fused
 from optim.matrix_roots import inverse_square_root
 from optim.norms import matrix_norm, norm_along
 from optim.rule import Granularity, Rule, State, check_positive
+from optim.symmetric import syrk
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Swan(Rule):
         x = x / norm_along(x, -1).clamp(min=tiny)  # times sqrt(cols), which cancels
         x = x / matrix_norm(x).clamp(min=tiny)
         wide = x.mT if rows > cols else x
-        wide = inverse_square_root(wide @ wide.mT, self.ns_steps, self.ns_beta) @ wide
+        wide = inverse_square_root(syrk(wide), self.ns_steps, self.ns_beta) @ wide
         x = wide.mT if rows > cols else wide
         return x / matrix_norm(x).clamp(min=tiny) * (rows * cols) ** 0.5
 

@@ -134,8 +134,8 @@ def create_optimizer_defaults(name: str) -> list[str]:
 def options_of(name: str) -> dict[str, Any]:
     """Hyper-parameters with which six steps show all that a rule does."""
     return {
-        "soap": {"precondition_frequency": 2},
-        "shampoo": {"max_dim": 128, "precondition_frequency": 2},
+        "soap": {"precondition_frequency": 2, "spread": True},
+        "shampoo": {"max_dim": 128, "precondition_frequency": 2, "spread": True},
         "sophia_g": {"hessian_interval": 2},
     }.get(name, {})
 
