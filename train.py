@@ -89,8 +89,7 @@ def train(config: Config, run: Run, processes: Processes, guard: Guard) -> dict[
     model = device.prepare(family.network(shape), every)
     if config.model["init_from"] is not None and run.start is None:
         initialize(model, config.model["init_from"])
-    mode = every.compile_mode if every.compile else None
-    parallel = parallelize(model, config.parallel, processes, device.device, mode)
+    parallel = parallelize(model, config.parallel, processes, device.device, every.compiling)
     optimizer = create_optimizer(
         named_parameters=model.named_parameters(),
         compile=every.compile,

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.document_mask import document_mask, masked_attention
-from model.loss import chunked_cross_entropy
+from model.loss import chunked_cross_entropy, cross_entropy
 
 INIT_STD = 0.02  # OpenAI drew the positions with 0.01; nanoGPT and transformers use 0.02 for both
 LAYER_NORM_EPS = 1e-5
@@ -253,7 +253,8 @@ class GPT2(nn.Module):
     On the meta device nothing is drawn; after `to_empty` call `init_weights`.
     """
 
-    linear = staticmethod(F.linear)  # the head's product; who knows a faster one puts it here
+    # the head's product and the loss of its logits; who knows faster ones puts them here
+    linear, loss = staticmethod(F.linear), staticmethod(cross_entropy)
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -326,8 +327,7 @@ class GPT2(nn.Module):
         logits = self.linear(x, weight, bias)
         if targets is None:
             return logits[..., : self.config.vocab_size]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), reduction=reduction)
+        return self.loss(logits, targets, reduction)
 
     def _padding_bias(self, x: Tensor) -> Tensor | None:
         """Bias of the head: -inf for masked padding rows, so that they cost no pass of their own.

@@ -18,6 +18,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Cross entropy in nats, 0-D, float32 at least, of logits (..., rows) and targets int64 (...),
+    -100 where there is none."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+    return F.cross_entropy(logits, targets.flatten(), reduction=reduction)
+
+
 def chunked_cross_entropy(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, reduction: str, chunks: int
 ) -> Tensor:

@@ -5,28 +5,35 @@ or do not give what the plain formula gives, and prefers the fastest from then o
 goes into the run's config.yaml: kernels round differently, and a continued run must not. Elsewhere
 than on a GPU, and with another name than auto, nothing is measured. What the preferred kernel
 cannot do (a mask, say) goes to the next.
+
+fa3 is FlashAttention 3, a package of its own for Hopper GPUs, which torch puts in the place of its
+own flash kernel. Written from torch's documentation and never run: no machine had it.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import attention as torch_attention
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runtime.config import AUTO, TrainConfig
 from runtime.device import DTYPES, Device
+from runtime.errors import ConfigError
 from runtime.processes import Processes
 from runtime.run import Run, recorded
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
+    "fa3": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
@@ -56,12 +63,37 @@ def settle_attention(
         run.notes.append(f"train.attention=auto: {train.attention} ({why})")
 
 
-def attention(name: str) -> AbstractContextManager[Any]:
-    """Within it the kernel is preferred; "default": torch's own order."""
+@contextmanager
+def attention(name: str) -> Iterator[None]:
+    """Within it the kernel is preferred; "default": torch's own order. ConfigError for fa3 where it
+    is not installed."""
     if name == "default":
-        return nullcontext()
-    rest = [backend for other, backend in BACKENDS.items() if other != name]
-    return sdpa_kernel([BACKENDS[name], *rest], set_priority=True)
+        yield
+        return
+    order = dict.fromkeys([BACKENDS[name], *BACKENDS.values()])
+    with _installed(name), sdpa_kernel([*order], set_priority=True):
+        yield
+
+
+@contextmanager
+def _installed(name: str) -> Iterator[None]:
+    """For fa3: within, torch's flash kernel is FlashAttention 3."""
+    if name != "fa3":
+        yield
+        return
+    if not hasattr(torch_attention, "activate_flash_attention_impl"):
+        raise ConfigError(f"train.attention=fa3: torch {torch.__version__} cannot use it")
+    try:
+        torch_attention.activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"train.attention=fa3 needs FlashAttention 3 (flash_attn_interface, built from the "
+            f"folder hopper of Dao-AILab/flash-attention): {error}"
+        ) from None
+    try:
+        yield
+    finally:
+        torch_attention.restore_flash_attention_impl()
 
 
 def measure(device: Device, shape: Any) -> dict[str, float]:
@@ -73,23 +105,25 @@ def measure(device: Device, shape: Any) -> dict[str, float]:
     times: dict[str, float] = {}
     for name in BACKENDS:
         try:
-            if shape.dropout == 0 and not _agree(
-                _results([t[:1] for t in low], name, 0.0), expected, TOLERANCE[device.precision]
-            ):
-                continue
-            seconds = []
-            for _ in range(3 + REPEAT):
-                _wait(device)
-                start = time.perf_counter()
-                _results(low, name, shape.dropout)
-                _wait(device)
-                seconds.append(time.perf_counter() - start)
-            times[name] = statistics.median(seconds[3:])
-        except (
-            RuntimeError
-        ):  # "No available kernel": not for this GPU, dtype or shape; or no memory
-            continue
+            with _installed(name):
+                sample = _results([t[:1] for t in low], name, shape.dropout)
+                right = _agree(sample, expected, TOLERANCE[device.precision])
+                if right or shape.dropout:  # with dropout there is nothing to compare
+                    times[name] = _seconds(device, low, name, shape.dropout)
+        except (ConfigError, RuntimeError):
+            continue  # "No available kernel": not for this GPU, dtype or shape; or no memory
     return times or {"math": float("nan")}
+
+
+def _seconds(device: Device, given: list[Tensor], name: str, dropout: float) -> float:
+    seconds = []
+    for _ in range(3 + REPEAT):
+        _wait(device)
+        start = time.perf_counter()
+        _results(given, name, dropout)
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[3:])
 
 
 def _results(given: list[Tensor], name: str, dropout: float) -> list[Tensor]:

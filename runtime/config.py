@@ -27,7 +27,7 @@ from model.init_from import complete
 from optim import Schedule, create
 from runtime.cpu_linear import LINEAR
 from runtime.errors import ConfigError
-from runtime.parallel import DIVIDE, DTYPES, WRAPPERS, ParallelConfig
+from runtime.parallel import DIVIDE, DTYPES, WRAPPERS, Compile, ParallelConfig
 
 
 @dataclass
@@ -43,6 +43,7 @@ class TrainConfig:
     device: str  # auto | cpu | cuda | cuda:1 | mps
     compile: bool
     compile_mode: str  # torch.compile's, for the model: MODES
+    compile_blocks: bool  # one graph for every layer, instead of one for the model
     compile_cache: str | None  # folder of compiled kernels; None: torch's own
     profile: bool  # record a few steps (runtime/profile.py)
     threads: int | None  # CPU threads; None: torch's default
@@ -54,6 +55,11 @@ class TrainConfig:
     checkpoint_every: int  # steps; 0: never
     keep_checkpoints: int  # the last k; the best one is kept besides
     resume: str  # auto | never | path of a run or a checkpoint
+
+    @property
+    def compiling(self) -> Compile | None:
+        """How the model is to be compiled."""
+        return Compile(self.compile_mode, self.compile_blocks) if self.compile else None
 
 
 @dataclass
@@ -120,7 +126,7 @@ class Config:
 
 
 AUTO = "auto"
-ATTENTION = (AUTO, "default", "cudnn", "flash", "efficient", "math")
+ATTENTION = (AUTO, "default", "cudnn", "flash", "fa3", "efficient", "math")
 GRAPHS = ("reduce-overhead", "max-autotune")  # which replay CUDA graphs
 MODES = ("default", "max-autotune-no-cudagraphs", *GRAPHS)
 CHOICES = {
@@ -310,7 +316,8 @@ FREE = (
     *("run", "paths", "logging", "parallel", "eval", "data.dir", "data.cache", "data.prefetch"),
     *("data.worker", "data.processes", "data.threads", "data.check"),
     *("train.micro_batch", "train.threads", "train.compile", "train.device", "train.resume"),
-    *("train.cpu_linear", "train.compile_mode", "train.compile_cache", "train.profile"),
+    *("train.compile_mode", "train.compile_blocks", "train.compile_cache", "train.profile"),
+    *("train.cpu_linear",),
     *("model.loss_chunks", "train.attention"),
     *("train.checkpoint_every", "train.keep_checkpoints"),
     *("train.eval_every", "train.eval_tokens", "train.sample_tokens"),

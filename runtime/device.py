@@ -68,6 +68,12 @@ class Device:
                 f"next micro-batch overwrites: raise train.micro_batch to the whole share of a "
                 f"process, or use default or max-autotune-no-cudagraphs"
             )
+        if train.compile and train.compile_mode in GRAPHS and train.compile_blocks:
+            raise ConfigError(
+                f"train.compile_blocks=true runs one graph for every layer, which as a CUDA graph "
+                f"(train.compile_mode={train.compile_mode}) would overwrite the layer before: use "
+                f"default or max-autotune-no-cudagraphs"
+            )
         if train.compile and train.compile_cache is not None:
             # What torch compiles is code, to be loaded again: in the user's own folder, where its
             # default is the machine's /tmp. Triton's kernels go there too.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from optim.division import Division
 
 DIVIDE = ("all", "matrix", "none")  # what replicas may divide; see optim/division.py
+SHARDED = ("fsdp", "hsdp")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,6 +54,15 @@ class ParallelConfig:
     param_dtype: str  # fsdp: gather parameters and compute in fp32 | bf16 | fp16
     reduce_dtype: str  # fsdp: reduce gradients in fp32 | bf16
     prefetch: int  # fsdp: blocks whose parameters are gathered ahead of their use; 0: torch's way
+    wrap_one: bool  # torchrun with one process: wrap the model all the same, to see what it costs
+
+
+@dataclass(frozen=True)
+class Compile:
+    """How torch.compile is to be called."""
+
+    mode: str
+    blocks: bool  # each layer a graph, the same for all; else the whole model one
 
 
 @dataclass
@@ -87,7 +98,7 @@ class Parallel:
     @property
     def division(self) -> Division | None:
         """How the optimizer divides its work; None: there is one process."""
-        if self.processes.control is None:
+        if self.processes.size == 1 and self.mesh is None:
             return None
         from optim.division import Division
         from optim.transport import Transport
@@ -154,18 +165,22 @@ def parallelize(
     config: ParallelConfig,
     processes: Processes,
     device: torch.device,
-    compile: str | None = None,
+    compile: Compile | None = None,
 ) -> Parallel:
-    """Spread a whole, initialized model; ``compile``: torch.compile's mode, or None. Raises
-    ConfigError where strategy and processes do not fit; without torchrun every strategy is one
-    unwrapped process."""
+    """Spread a whole, initialized model, compiled or (None) not. Raises ConfigError where strategy
+    and processes do not fit. One process has nothing to spread and is not wrapped (FSDP2 alone
+    takes 5 to 25 % of a small model's step); with wrap_one, under torchrun, it is."""
     check_fit(config, processes)
     given = Given(model, find_blocks(model), config, processes, device, compile)
     if config.activation_checkpointing:
         for block in given.blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # names stay
-    wrap = WRAPPERS[config.strategy] if processes.control is not None else alone
+    wrap = WRAPPERS[config.strategy] if is_wrapped(config, processes) else alone
     return replace(wrap(given), divide=config.divide)
+
+
+def is_wrapped(config: ParallelConfig, processes: Processes) -> bool:
+    return processes.size > 1 or (config.wrap_one and processes.control is not None)
 
 
 def check_fit(config: ParallelConfig, processes: Processes) -> None:
@@ -178,6 +193,17 @@ def check_fit(config: ParallelConfig, processes: Processes) -> None:
     if config.strategy == "hsdp" and size % replica_size(config):
         raise ConfigError(
             f"parallel.shards={replica_size(config)} does not divide {size} processes"
+        )
+    dtypes = (config.param_dtype, config.reduce_dtype)
+    if (
+        config.strategy in SHARDED
+        and dtypes != ("fp32", "fp32")
+        and not is_wrapped(config, processes)
+    ):
+        raise ConfigError(
+            f"parallel.param_dtype={dtypes[0]} and reduce_dtype={dtypes[1]} are FSDP's, which one "
+            f"process does not need: set train.precision, or run under torchrun with "
+            f"parallel.wrap_one=true"
         )
     if config.deterministic_reduce:
         if config.strategy not in ("none", "ddp"):
@@ -205,13 +231,36 @@ class Given:
     config: ParallelConfig
     processes: Processes
     device: torch.device
-    compile: str | None  # torch.compile's mode; None: not compiled
+    compile: Compile | None
 
     def compiled(self) -> nn.Module:
         """The model to call in training; the given one stays as it is, for sampling from."""
-        if not self.compile:
+        if self.compile is None:
             return self.model
-        return cast(nn.Module, torch.compile(self.model, dynamic=False, mode=self.compile))
+        if self.compile.blocks:
+            return layer_by_layer(self.model, self.compile.mode)
+        return cast(nn.Module, torch.compile(self.model, dynamic=False, mode=self.compile.mode))
+
+
+def layer_by_layer(model: nn.Module, mode: str) -> nn.Module:
+    """The model with its layers and its loss compiled, in a copy that has the same parameters, so
+    that the given one stays as it is. What lies between, the embedding and the head's product, are
+    kernels of their own anyway."""
+    shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    copy: Any = deepcopy(model, shared)
+    compile_each(find_blocks(copy), mode)
+    copy.loss = torch.compile(copy.loss, dynamic=False, mode=mode)
+    return cast(nn.Module, copy)
+
+
+def compile_each(blocks: list[nn.Module], mode: str) -> None:
+    """In place. Layers that are alike run one graph, so that depth costs no compilation. Where a
+    number differs (attention divided by the layer), each has its own, of which torch allows 8."""
+    import torch._dynamo.config as limits  # seconds
+
+    limits.recompile_limit = max(limits.recompile_limit, 8 * len(blocks))
+    for block in blocks:
+        block.compile(dynamic=False, mode=mode)
 
 
 def alone(given: Given) -> Parallel:
@@ -264,9 +313,9 @@ def _sharded(given: Given, sizes: dict[str, int]) -> Parallel:
     )
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
     options["reshard_after_forward"] = config.reshard_after_forward
+    if given.compile:
+        compile_each(blocks, given.compile.mode)
     for block in blocks:
-        if given.compile:
-            block.compile(dynamic=False, mode=given.compile)
         fully_shard(block, **options)
     fully_shard(given.model, **options)
     n = config.prefetch

@@ -5,8 +5,9 @@
 
 Three copies of one model and optimizer, unwrapped, `parallel=ddp` and `parallel=fsdp`, take turns
 at train.py's own `update`, as torchrun with one process would make it. The ratio to the unwrapped
-step is the median over the turns, so that other load on the machine divides out; beside it the
-ratio of the least times, which is what an idle machine would show.
+step is the median over the turns, so that other load on the machine divides out, once of the time
+that passed and, on a CPU, once of the time that the processor worked, which other load disturbs
+less; beside them the ratio of the least times, which is what an idle machine would show.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 import train
 from model import MODELS
@@ -34,6 +34,7 @@ from runtime.processes import Processes
 from scripts.compose import compose_config
 
 STRATEGIES = ("none", "ddp", "fsdp")
+WRAPPED = "parallel.wrap_one=true"  # a training run of one process is not
 VOCABULARY = 257
 WARM_UP = 3  # steps
 
@@ -57,8 +58,8 @@ def stepper(config: Config) -> Callable[[int], Any]:
     torch.manual_seed(0)
     network = MODELS[config.model["name"]].network(model_config(config, VOCABULARY))
     model, compiled = device.prepare(network, config.train), config.train.compile
-    mode = config.train.compile_mode if compiled else None
-    parallel = parallelize(model, config.parallel, processes, device.device, mode)
+    how = config.train.compiling
+    parallel = parallelize(model, config.parallel, processes, device.device, how)
     optimizer = create_optimizer(
         named_parameters=model.named_parameters(),
         compile=compiled,
@@ -70,24 +71,29 @@ def stepper(config: Config) -> Callable[[int], Any]:
 
 
 def measure(overrides: list[str], rounds: int) -> None:
-    steps = {name: stepper(compose_config([*overrides, f"parallel={name}"])) for name in STRATEGIES}
-    times: dict[str, list[float]] = {name: [] for name in STRATEGIES}
+    from tqdm import tqdm  # scripts that import this one do without
+
+    steps = {
+        name: stepper(compose_config([*overrides, f"parallel={name}", WRAPPED]))
+        for name in STRATEGIES
+    }
+    clocks = {"time": time.perf_counter, "CPU time": time.process_time}
+    spent: dict[tuple[str, str], list[float]] = {(c, n): [] for c in clocks for n in STRATEGIES}
     for turn in tqdm(range(WARM_UP + rounds), unit=" rounds", disable=None):
         order = STRATEGIES if turn % 2 else STRATEGIES[::-1]
         for name in order:
-            start = time.perf_counter()
+            start = {clock: now() for clock, now in clocks.items()}
             steps[name](turn)
-            if turn >= WARM_UP:
-                times[name].append(time.perf_counter() - start)
-    rows = [["parallel", "ms", "of unwrapped", "quartiles", "of least times"]]
-    for name in STRATEGIES:
-        ratios = [a / b for a, b in zip(times[name], times["none"], strict=True)]
+            for clock, now in clocks.items() if turn >= WARM_UP else ():
+                spent[clock, name].append(now() - start[clock])
+    rows = [["", "parallel", "ms", "of unwrapped", "quartiles", "of least"]]
+    for (clock, name), own in spent.items():
+        base = spent[clock, "none"]
+        ratios = [a / b for a, b in zip(own, base, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        least = min(times[name]) / min(times["none"])
-        ms = statistics.median(times[name]) * 1e3
-        rows.append(
-            [name, f"{ms:.1f}", f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{least:.3f}"]
-        )
+        ms, least = statistics.median(own) * 1e3, min(own) / min(base)
+        figures = [f"{ms:.1f}", f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{least:.3f}"]
+        rows.append([clock, name, *figures])
     print(aligned(rows))
 
 

@@ -89,7 +89,9 @@ def configuration(*overrides: str) -> Config:
 
 
 def laid_out(config: Config, strategy: str, micro_batch: int) -> Config:
-    parallel = replace(config.parallel, strategy=strategy, shards=2)  # shards: of hsdp
+    parallel = replace(
+        config.parallel, strategy=strategy, shards=2, wrap_one=True
+    )  # shards: of hsdp
     return replace(config, parallel=parallel, train=replace(config.train, micro_batch=micro_batch))
 
 

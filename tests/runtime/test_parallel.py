@@ -14,6 +14,7 @@ from workers import WorkerError, run
 from model.gpt2 import GPT2, GPT2Config
 from runtime.errors import ConfigError
 from runtime.parallel import (
+    Compile,
     DivergedError,
     ParallelConfig,
     TreeReduction,
@@ -40,6 +41,7 @@ CONFIG = ParallelConfig(
     param_dtype="fp32",
     reduce_dtype="fp32",
     prefetch=0,
+    wrap_one=True,
 )
 BATCH, STEPS = 16, 4
 
@@ -111,6 +113,14 @@ def test_losses_do_not_depend_on_the_number_of_processes(config: ParallelConfig,
             assert all(torch.equal(after[name], weights[name]) for name in weights)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp"])
+def test_one_process_is_not_wrapped(strategy: str) -> None:
+    config = replace(CONFIG, strategy=strategy, wrap_one=False)
+    model = GPT2(SHAPE)
+    parallel = parallelize(model, config, processes(), torch.device("cpu"))
+    assert parallel.forward is parallel.model is model and parallel.division is None
+
+
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_hybrid_sharding(shards: int) -> None:
     alone, weights = train(CONFIG, micro_batch=4)
@@ -118,6 +128,34 @@ def test_hybrid_sharding(shards: int) -> None:
     for losses, after in run(4, train, config, 4):
         assert torch.allclose(means(losses), means(alone), rtol=1e-6, atol=0)
         assert all(torch.allclose(after[n], weights[n], rtol=0, atol=1e-6) for n in weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_layers_compiled_apart_are_the_model(by_layer: bool) -> None:
+    """To rounding, loss and gradients; one graph for all layers, but for a number that differs in
+    each. The model itself stays as it is, with the same parameters."""
+    shape = replace(SHAPE, n_layer=3, scale_attn_by_inverse_layer_idx=by_layer)
+    torch.manual_seed(0)
+    model, tokens = GPT2(shape), torch.randint(shape.vocab_size, (2, shape.context + 1))
+    torch.compiler.reset()  # or another test's graphs would serve
+    compile, before = Compile("default", blocks=True), compiled_graphs()
+    forward = parallelize(model, CONFIG, Processes(), torch.device("cpu"), compile).forward
+    results = []
+    for network in (model, forward):
+        model.zero_grad()
+        loss = network(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for ours, right in zip(*results, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-6)
+    assert compiled_graphs() - before == 1 + (3 if by_layer else 1)  # the loss, and the layers
+
+
+def compiled_graphs() -> int:
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 @pytest.mark.parametrize("micro_batch", [2, 4])
@@ -200,6 +238,7 @@ def test_blocks_are_the_layers() -> None:
         ({"strategy": "hsdp", "shards": 3}, 4, "parallel.shards=3 does not divide 4"),
         ({"strategy": "fsdp", "deterministic_reduce": True}, 2, "needs whole gradients"),
         ({"strategy": "ddp", "deterministic_reduce": True}, 3, "3 is not a power of two"),
+        ({"strategy": "fsdp", "param_dtype": "bf16", "wrap_one": False}, 1, "are FSDP's"),
         (
             {"strategy": "ddp", "deterministic_reduce": True, "divide": "all"},
             2,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from system import Command, here
+from torch.nn import attention as torch_attention
 
 from model import GPT2Config
 from runtime.attention import BACKENDS, _agree, attention, measure
 from runtime.device import Device
+from runtime.errors import ConfigError
 from runtime.micro_batch import largest
 
 
@@ -51,6 +54,7 @@ def test_what_is_no_micro_batch_is_refused(tiny: Command) -> None:
     graphs = ("train.compile=true", "train.compile_mode=reduce-overhead")
     for cut in (auto, "train.micro_batch=2"):
         assert "replays CUDA graphs" in here(*tiny, *graphs, cut).error
+    assert "one graph for every layer" in here(*tiny, *graphs, "train.compile_blocks=true").error
 
 
 def test_kernels_that_fail_or_disagree_are_left_out() -> None:
@@ -64,10 +68,18 @@ def test_kernels_that_fail_or_disagree_are_left_out() -> None:
     assert not _agree([right[0] * float("nan")], right, 1e-3)
 
 
+@pytest.mark.skipif(find_spec("flash_attn_interface") is not None, reason="it is installed")
+def test_an_absent_flash_attention_3_is_a_clear_error() -> None:
+    message = r"train\.attention=fa3 needs .*flash_attn_interface"
+    with pytest.raises(ConfigError, match=message), attention("fa3"):
+        pass
+    assert torch_attention.current_flash_attention_impl() is None
+
+
 def test_the_preferred_kernel_goes_first() -> None:
     """In torch's order, which only GPUs look at; outside, it is as it was."""
     before = torch._C._get_sdp_priority_order()
-    for name in ("cudnn", "math"):
+    for name in ("cudnn", "flash", "math"):
         with attention(name):
             assert torch._C._get_sdp_priority_order()[0] == BACKENDS[name].value
     with attention("default"):
