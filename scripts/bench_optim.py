@@ -34,7 +34,6 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch import nn
-from tqdm import tqdm
 
 from model import GPT2, GPT2Config
 from optim import create_optimizer, list_optimizers
@@ -203,6 +202,8 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    from tqdm import tqdm  # scripts that import this one do without
+
     args = parse()
     torch.set_num_threads(args.threads)
     if args.once:

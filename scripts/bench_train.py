@@ -6,6 +6,7 @@
     python -m scripts.bench_train --models gpt2_small --start          and how long a start takes
     torchrun --nproc_per_node=8 -m scripts.bench_train parallel=ddp    and what messages cost
 
+`--micro-batches auto` is the largest that fits, of a global batch of 480 sequences per process.
 Every combination of the options is a case; overrides of configs/ hold for all of them. The cases of
 a model size take turns, so that other load on the machine falls on all, and each figure is the
 median over its turns (``--apart`` measures one case after the other, where they do not fit into
@@ -37,9 +38,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from data.corpus import Corpus
+from data.progress import Progress, progress
+from model.gpt2 import Flops
+from runtime.config import AUTO
 from runtime.describe import aligned
 from runtime.device import DTYPES, Device, matmul_flops
 from runtime.environment import environment
@@ -48,6 +51,7 @@ from runtime.processes import Processes, join
 from scripts.training import PARTS, Training, configuration, random_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
+AUTO_BATCH = 480  # sequences per process, of which train.micro_batch=auto takes a divisor
 KEY = ("model", "optimizer", "precision", "micro_batch", "compile")
 COLUMNS = (
     *KEY,
@@ -69,6 +73,7 @@ class Case:
         before, start = allocated(), time.perf_counter()
         self.training = Training(config, corpus, context.processes)
         row["build_s"] = time.perf_counter() - start
+        row["micro_batch"] = config.train.micro_batch
         row["first_step_s"] = self.training.seconds(1)
         self.training.seconds(context.warm_up)
         self.own, self.peak = allocated() - before, 0
@@ -90,20 +95,14 @@ class Case:
         step, rate = statistics.median(self.turns), statistics.median(self.rates)
         training = self.training
         device, tokens = training.device, training.record.tokens_per_step
-        # the datasheet's peaks are of 16 bits, on one GPU
-        datasheet = device.peak_flops if device.precision != "fp32" else None
         flops = training.model.flops_per_token(training.shape.context)
-        per_gpu = tokens / step / training.processes.size
         self.row |= {
-            "tokens_per_s": tokens / step,
-            "mfu": flops.palm * per_gpu / (datasheet or rate),
-            "peak": "datasheet" if datasheet else "measured",
-            "of_matmul": flops.causal * per_gpu / rate,
-            "matmul_tflops": rate / 1e12,
+            **shares(device, flops, tokens / step, rate, training.processes.size),
             "memory_gb": self.peak / 1e9 if self.peak else device.memory_gb(),
             "step_ms": 1e3 * step,
             "turns_ms": [1e3 * turn for turn in self.turns],
             "precision": device.precision,
+            "attention": training.config.train.attention,
             "context": training.shape.context,
             "global_batch": training.config.train.global_batch,
             "processes": training.processes.size,
@@ -123,7 +122,7 @@ class Context(argparse.Namespace):
     models: list[str]
     optimizers: list[str]
     precisions: list[str]
-    micro_batches: list[int]
+    micro_batches: list[int | str]
     compile: list[str]
     accumulation: int
     steps: int
@@ -138,13 +137,33 @@ class Context(argparse.Namespace):
 
 
 def case_overrides(row: Row, context: Context) -> list[str]:
-    batch = row["micro_batch"] * context.accumulation * context.processes.size
+    own = AUTO_BATCH if row["micro_batch"] == AUTO else row["micro_batch"] * context.accumulation
+    batch = row.get("global_batch", own * context.processes.size)
     return [
         *(f"model={row['model']}", f"optim={row['optimizer']}", "model.vocab_size=50257"),
         *(f"train.precision={row['precision']}", f"train.micro_batch={row['micro_batch']}"),
         *(f"train.compile={row['compile']}", f"train.global_batch={batch}"),
         f"train.device={context.device}",
     ]
+
+
+def shares(device: Device, flops: Flops, tokens_per_s: float, rate: float, gpus: int = 1) -> Row:
+    """Tokens per second as shares of what ``gpus`` of a kind could do; ``rate``: FLOP/s of a matrix
+    product on one."""
+    # the datasheet's peaks are of 16 bits
+    datasheet = device.peak_flops if device.precision != "fp32" else None
+    per_gpu = tokens_per_s / gpus
+    return {
+        "tokens_per_s": tokens_per_s,
+        "mfu": flops.palm * per_gpu / (datasheet or rate),
+        "peak": "datasheet" if datasheet else "measured",
+        "of_matmul": flops.causal * per_gpu / rate,
+        "matmul_tflops": rate / 1e12,
+    }
+
+
+def micro_batch(text: str) -> int | str:
+    return text if text == AUTO else int(text)
 
 
 def allocated() -> int:
@@ -157,20 +176,19 @@ def cases(context: Context) -> list[Row]:
     return [dict(zip(KEY, values, strict=True)) for values in every]
 
 
-def measure(rows: list[Row], context: Context, corpus: Corpus, bar: Any) -> None:
+def measure(rows: list[Row], context: Context, corpus: Corpus, bar: Progress) -> None:
     """Fill in the rows, which take turns. A case that fails says why, and the others go on."""
     built: list[Case] = []
     for row in rows:
-        bar.set_postfix_str(" ".join(str(row[key]) for key in KEY))
         with noted(row):
             built.append(Case(row, context.overrides, corpus, context))
-        bar.update()
+        bar.written(1)
     for _ in range(context.repeat):
         for case in built:
             if "error" not in case.row:
                 with noted(case.row):
                     case.turn()
-            bar.update()
+            bar.written(1)
     for case in built:
         if "error" not in case.row:
             case.result()
@@ -260,7 +278,9 @@ def parse(arguments: Sequence[str] | None) -> Context:
     parser.add_argument("--models", nargs="+", default=["gpt2_nano"], help="of configs/model")
     parser.add_argument("--optimizers", nargs="+", default=["adamw"], help="of configs/optim")
     parser.add_argument("--precisions", nargs="+", default=["auto"])
-    parser.add_argument("--micro-batches", nargs="+", type=int, default=[8], help="sequences")
+    parser.add_argument(
+        "--micro-batches", nargs="+", type=micro_batch, default=[8], help="sequences"
+    )
     parser.add_argument("--compile", nargs="+", default=["false"], choices=["false", "true"])
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches per step")
     parser.add_argument("--steps", type=int, default=5, help="per turn")
@@ -292,8 +312,7 @@ def run(arguments: Sequence[str] | None = None) -> list[Row]:
             config = configuration(Path(folder), context.overrides)
             corpus = random_corpus(Path(folder) / "tokens", config)
         total = len(rows) * (1 + context.repeat)
-        quiet = None if context.processes.first else True
-        with tqdm(total=total, desc="cases", disable=quiet, unit="turn") as bar:
+        with progress("cases", total, unit=" turns", show=context.processes.first) as bar:
             for group in groups:
                 measure(group, context, corpus, bar)
     for row in rows:

@@ -1,29 +1,34 @@
 """Everything that only a GPU can show, in one command of at most 8 minutes.
 
-    bash scripts/gpu_check.sh [OUT_DIR]      one GPU; a table, and OUT_DIR/gpu_check.json
+    bash scripts/gpu_check.sh [OUT_DIR]      one GPU; tables, and all of it in OUT_DIR
     bash scripts/gpu_check.sh --only speed   one part alone, which then has all the time
+    bash scripts/gpu_check.sh --minutes 30   more time, from which the last part gains most
     bash scripts/gpu_check.sh --smoke        any machine: does the script itself work?
 
-Five parts, each a process with a time budget of its own, so that a crash, a hang or a full memory
-costs the rest nothing; the JSON is written after each of them. The exit code is 0 if every part
-ended well and nothing failed.
+Five parts, most important first, each a process with a time budget of its own, so that a crash, a
+hang or a full memory costs the rest nothing:
 
     card         name, versions, memory; the matrix-product and copy rates that the rest is held to
-    claims       scripts/gpu_invariants.py, what the tests marked gpu run
-    optimizers   one update of each optimizer, as a multiple of torch's fused AdamW beside it
-    training     a short real run of train.py
-    speed        tokens/s, MFU and memory per model size: ours eager, ours compiled, and plain,
+    speed        scripts/gpu_speed.py: tokens/s, MFU, memory, compile time by model size, and plain,
                  which is the same network as nanoGPT trains it
+    optimizers   scripts/gpu_optimizers.py: one update of each optimizer
+    claims       scripts/gpu_claims.py, what the tests marked gpu hold
+    training     scripts/gpu_training.py: real runs of train.py with three optimizers, their curves
 
-The last part takes whatever time is left. Rows that were not reached say so: compiling everything
-takes longer than 8 minutes, so what is asked for most often comes first.
+Time that a part leaves goes to those after it. Rows that were not reached say so: compiling
+everything takes longer than 8 minutes, so what is asked for most often comes first in each part.
+
+OUT_DIR gets gpu_check.json (every figure, and each target with its verdict), benchmarks.md (the
+same as tables), gpu_check.log, and training/ with runs, curves.csv and pictures. JSON and tables
+are written after each part; parts/ has each row as soon as it is measured. The exit code is 0 if
+every part ended well and nothing failed; a target that is missed is a verdict, not a failure.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,41 +41,36 @@ from typing import IO
 
 import torch
 
-from runtime.describe import aligned
 from runtime.device import best_device
-from runtime.files import write_json
-from scripts.gpu_parts import (
-    ROOT,
-    Part,
-    Row,
-    card,
-    hold_claims,
-    measure_speed,
-    short,
-    time_optimizers,
-    train_briefly,
-)
+from runtime.files import atomic_write_text, write_json
+from scripts.gpu_optimizers import time_optimizers
+from scripts.gpu_parts import ROOT, Part, Row, card, hold_claims, read_rows
+from scripts.gpu_speed import measure_speed
+from scripts.gpu_targets import document, text_table, used, verdicts
+from scripts.gpu_training import train_for_real
 
-WHOLE = 475.0  # seconds for all parts together
+MINUTES = 7.8  # for all parts together
 GRACE = 10.0  # seconds between a part's own deadline and its end by force
 
-PARTS: dict[str, tuple[Callable[[Part], None], float]] = {  # and seconds
-    "card": (card, 20.0),
-    "claims": (hold_claims, 70.0),
-    "optimizers": (time_optimizers, 80.0),
-    "training": (train_briefly, 75.0),
-    "speed": (measure_speed, 225.0),
+PARTS: dict[str, tuple[Callable[[Part], None], float]] = {  # and share of the time
+    "card": (card, 0.04),
+    "speed": (measure_speed, 0.45),
+    "optimizers": (time_optimizers, 0.14),
+    "claims": (hold_claims, 0.12),
+    "training": (train_for_real, 0.25),
 }
 
 
-def run_part(name: str, seconds: float, smoke: bool, log: IO[str], scratch: Path) -> Row:
+def run_part(name: str, seconds: float, smoke: bool, log: IO[str], scratch: Path, out: Path) -> Row:
     """Run a part in a process of its own; what it reported, and how it ended."""
     print(f"\n== {name} (at most {seconds:.0f} s)", flush=True)
-    file, start = scratch / f"{name}.jsonl", time.monotonic()
+    file, start = out / "parts" / f"{name}.jsonl", time.monotonic()
     command = [sys.executable, "-m", "scripts.gpu_check", str(file)]
-    command += ["--part", name, "--seconds", str(seconds), *(["--smoke"] if smoke else [])]
+    command += ["--part", name, "--seconds", str(seconds), "--folder", str(out)]
+    command += ["--smoke"] if smoke else []
     # compiled kernels in the scratch folder: every check starts cold, and its times say so
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
+    environment["GPT2_BENCH_CACHE"] = str(scratch)  # prepared data
     if smoke:
         environment["OMP_NUM_THREADS"] = "1"  # threads that wait for busy cores take for ever
     log.write(f"\n== {name}\n")
@@ -88,50 +88,27 @@ def run_part(name: str, seconds: float, smoke: bool, log: IO[str], scratch: Path
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # with the compiler's workers
             process.wait()
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     if ended is not None:
         print(f"   {ended}; the log says more", flush=True)
-    return {"seconds": round(time.monotonic() - start, 1), "failed": ended, "rows": rows}
+    took = round(time.monotonic() - start, 1)
+    return {"seconds": took, "failed": ended, "rows": read_rows(file)}
 
 
-def work(name: str, seconds: float, smoke: bool, file: Path) -> None:
+def work(name: str, seconds: float, smoke: bool, file: Path, out: Path) -> None:
     """The body of a part's process."""
-    if smoke and name != "claims":
-        torch.compiler.set_stance("force_eager")  # compiling is slow: one claim does, as a sample
+    deadline = time.monotonic() + seconds
+    if smoke and name in ("speed", "claims"):
+        torch.compiler.set_stance("force_eager")  # compiling is slow, importing the compiler too
     with file.open("w") as rows:
-        deadline = time.monotonic() + seconds
-        PARTS[name][0](Part(torch.device(best_device()), deadline, smoke, rows))
+        device = torch.device(best_device())
+        PARTS[name][0](Part(device, deadline, smoke, rows, out, file.parent))
 
 
-def add_mfu(parts: dict[str, Row]) -> None:
-    """Rates of `speed` as shares of what the card can do, which is `card`'s to say."""
-    if "card" not in parts or not parts["card"]["rows"]:
-        return
-    rates = parts["card"]["rows"][0]
-    for row in parts.get("speed", {"rows": []})["rows"]:
-        if "palm_tflops" in row:
-            row["of_matmul"] = row["causal_tflops"] / rates["bf16_matmul_tflops"]
-            if rates["datasheet_tflops"] is not None:
-                row["mfu"] = row["palm_tflops"] / rates["datasheet_tflops"]
-
-
-COLUMNS = {
-    "card": "device bf16_matmul_tflops datasheet_tflops copy_tb_per_s memory_gb torch cuda",
-    "claims": "claim seconds error",
-    "optimizers": "size mode optimizer ms times_fused mean_ms first_s waits compiles_again error",
-    "training": "model step tokens_per_s memory_gb val_bits_per_byte bigram_bits_per_byte error",
-    "speed": "size setting micro_batch tokens_per_s mfu of_matmul memory_gb first_step_s error",
-}
-
-
-def tables(parts: dict[str, Row]) -> str:
-    """What a person reads at the end: a table per part."""
-    return "\n\n".join(_table(COLUMNS[name].split(), parts[name]["rows"]) for name in parts)
-
-
-def _table(columns: list[str], rows: list[Row]) -> str:
-    lines = [[short(row.get(c, row.get("skipped", "-"))) for c in columns] for row in rows]
-    return aligned([columns, *lines])
+def tables(result: Row) -> str:
+    """What a person reads at the end: a table per part, and the verdicts."""
+    parts = result["parts"]
+    found = [text_table(used(name, part["rows"]), part["rows"]) for name, part in parts.items()]
+    return "\n\n".join([*found, text_table(list(result["verdicts"][0]), result["verdicts"])])
 
 
 def ended_well(part: Row) -> bool:
@@ -140,39 +117,48 @@ def ended_well(part: Row) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("out", type=Path, help="folder for gpu_check.json and gpu_check.log")
+    parser.add_argument("out", type=Path, help="folder for all that is found")
     parser.add_argument("--only", choices=PARTS, help="this part, after the card")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
     parser.add_argument("--smoke", action="store_true", help="toy sizes on whatever there is")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in its own process
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.part is not None:
-        work(arguments.part, arguments.seconds, arguments.smoke, arguments.out)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part is not None:
+        work(args.part, args.seconds, args.smoke, args.out, args.folder)
         return 0
-    if not torch.cuda.is_available() and not arguments.smoke:
+    if not torch.cuda.is_available() and not args.smoke:
         print("error: torch sees no CUDA device; --smoke tries the script without", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the part at work ends too
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    chosen = (
-        list(PARTS) if arguments.only is None else list(dict.fromkeys(["card", arguments.only]))
-    )
+    shutil.rmtree(args.out / "parts", ignore_errors=True)  # of an earlier check
+    (args.out / "parts").mkdir(parents=True)
+    chosen = list(PARTS) if args.only is None else list(dict.fromkeys(["card", args.only]))
+    result = check(chosen, 60 * args.minutes, args.smoke, args.out)
+    print(f"\n{tables(result)}\n")
+    print(f"{result['seconds']:.0f} s; everything is in {args.out}")
+    return 0 if all(map(ended_well, result["parts"].values())) else 1
+
+
+def check(chosen: list[str], whole: float, smoke: bool, out: Path) -> Row:
+    """Run the parts within ``whole`` seconds; all that was found, as it is in gpu_check.json."""
     begin, parts = time.monotonic(), dict[str, Row]()
-    result = {"date_utc": datetime.now(UTC).isoformat(timespec="seconds"), "smoke": arguments.smoke}
+    result: Row = {"date_utc": datetime.now(UTC).isoformat(timespec="seconds"), "smoke": smoke}
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
-        (arguments.out / "gpu_check.log").open("w") as log,
+        (out / "gpu_check.log").open("w") as log,
     ):
-        for name in chosen:
-            left = WHOLE - GRACE - (time.monotonic() - begin)
-            seconds = left if name == chosen[-1] else min(PARTS[name][1], left)
-            parts[name] = run_part(name, seconds, arguments.smoke, log, Path(scratch))
-            add_mfu(parts)
+        for i, name in enumerate(chosen):
+            left = whole - GRACE - (time.monotonic() - begin)
+            own = PARTS[name][1] / sum(PARTS[other][1] for other in chosen[i:])
+            parts[name] = run_part(name, own * left, smoke, log, Path(scratch), out)
             result |= {"seconds": round(time.monotonic() - begin, 1), "parts": parts}
-            write_json(arguments.out / "gpu_check.json", result)
-    print(f"\n{tables(parts)}\n")
-    print(f"{time.monotonic() - begin:.0f} s; everything is in {arguments.out}/gpu_check.json")
-    return 0 if all(map(ended_well, parts.values())) else 1
+            rows = {name: part["rows"] for name, part in parts.items()}
+            result["verdicts"] = verdicts(rows)
+            write_json(out / "gpu_check.json", result)
+            atomic_write_text(out / "benchmarks.md", document(result))
+    return result
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 #
 #     bash scripts/gpu_check.sh [OUT_DIR] [--smoke]
 #
-# A table on the terminal; OUT_DIR/gpu_check.json and gpu_check.log (OUT_DIR: outputs/gpu_check).
+# Tables and verdicts on the terminal and in OUT_DIR/benchmarks.md, every figure in gpu_check.json,
+# real runs with their curves in training/ (OUT_DIR: outputs/gpu_check). DATA="data=text ..." gives
+# them another text than the Python standard library.
 # Needs torch, numpy, tiktoken and hydra-core. --smoke tries the script itself on any machine.
 set -euo pipefail
 

@@ -1,16 +1,11 @@
-"""What must hold on a GPU, as plain functions: each raises where it does not.
-
-tests/test_gpu.py runs them under pytest (`pytest -m gpu`), scripts/gpu_check.py without it, on
-machines that have torch and little else. They also run on a CPU, where they compare the CPU with
-itself and prove nothing but that they run.
-"""
+"""What must hold of model, optimizers and a step on a GPU, as plain functions: each raises where it
+does not (scripts/gpu_claims.py has the list)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from model import GPT2, GPT2Config
-from optim import Optimizer, clip_grad_norm, create_optimizer, list_optimizers
+from optim import Optimizer, clip_grad_norm, create_optimizer
 from optim.create import resolve
 from optim.rules import rules
 from runtime.config import Config, load, schedule
@@ -35,26 +30,6 @@ SHAPES = {  # one tensor of each role; two matrices of one shape, which a GPU up
     "transformer.h.1.attn.c_attn.weight": (48, 16),
     "transformer.h.0.ln_1.weight": (16,),
 }
-
-Claim = Callable[[torch.device], None]
-
-
-def claims(optimizers: Iterable[str] | None = None) -> dict[str, Claim]:
-    """Every claim by its name, quick ones first; ``optimizers``: only these (None: all)."""
-    names = list_optimizers() if optimizers is None else list(optimizers)
-    found: dict[str, Claim] = {
-        "the model's logits equal the CPU's": logits_equal_cpu,
-        "the gradient clip does not wait": clip_does_not_wait,
-    }
-    for precision in ("fp32", "bf16"):
-        found[f"an update in {precision} does not wait and learns"] = partial(
-            update_learns_without_waiting, precision
-        )
-    for name in names:
-        found[f"{name} equals the CPU's and does not wait"] = partial(optimizer_equals_cpu, name)
-    for name in names:
-        found[f"{name} compiled equals eager, whatever the lr"] = partial(compiled_equals, name)
-    return found
 
 
 def configuration(*overrides: str) -> Config:

@@ -3,7 +3,8 @@
 `Training` builds what train.py builds and calls train.py's `update`, loader and record. A mark at
 the border of two parts ends the one and begins the other, so that the parts add up to the step. On
 a GPU marks are events on its queue: what a part takes is the time of the GPU, with the host's work
-hidden where it is hidden in training.
+hidden where it is hidden in training. Attention's kernel and the micro-batch are settled as in
+train.py, and the garbage collector rests during a turn.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from data.tokenizer import get_tokenizer
 from model import GPT2
 from model.document_mask import WithDocuments
 from optim import Optimizer, create_optimizer
+from runtime.attention import attention, settle_attention
+from runtime.between_steps import between_steps
 from runtime.config import Config, accumulation, load, model_config, schedule
 from runtime.device import Device
+from runtime.micro_batch import settle_micro_batch
 from runtime.parallel import parallelize
 from runtime.processes import Processes
-from runtime.record import Record
+from runtime.record import Figures, Record
 from runtime.run import open_for_all
 from scripts.bench_loader import make
 from train import update
@@ -101,9 +105,9 @@ class Training:
         self.shape = model_config(config, corpus.tokenizer.vocab_size)
         torch.manual_seed(config.seed)
         self.model: Any = self.device.prepare(GPT2(self.shape), config.train)
-        mode = config.train.compile_mode if config.train.compile else None
+        how = config.train.compiling
         self.parallel = parallelize(
-            self.model, config.parallel, self.processes, self.device.device, mode
+            self.model, config.parallel, self.processes, self.device.device, how
         )
         self.optimizer: Optimizer = create_optimizer(
             named_parameters=self.model.named_parameters(),
@@ -111,6 +115,10 @@ class Training:
             division=self.parallel.division,
             **config.optim,
         )
+        self.run = open_for_all(config, self.processes)
+        settle_attention(config.train, self.run, self.processes, self.device, self.shape)
+        parts = (self.parallel, self.optimizer, self.device, self.shape.context)
+        settle_micro_batch(config.train, self.run, *parts)
         self.loader = corpus.loader(
             corpus.order(self.shape.context, config.train.global_batch, config.seed),
             rows=self.parallel.rows(config.train.global_batch),
@@ -129,13 +137,12 @@ class Training:
 
         self.optimizer.clip_grad_norm = timed_clip  # type: ignore[method-assign]
         self.lr_schedule = schedule(config)
-        self.run = open_for_all(config, self.processes)
         self.record = Record(config, self.run, self.device, self.model, corpus, self.processes)
         self.record.start(0, self.optimizer)
         self.done = 0
         self.spent = dict.fromkeys(PARTS, 0.0)
 
-    def step(self) -> None:
+    def step(self) -> Figures:
         parts = (self.forward, self.optimizer, self.lr_schedule, self.batches, self.device)
         figures = update(self.config, self.done, *parts, self.parallel)
         self.watch.mark("logging")
@@ -143,15 +150,19 @@ class Training:
         self.record.expect(figures)
         self.watch.pause()
         self.done += 1
+        return figures
 
     def seconds(self, steps: int) -> float:
         """Wall time of a turn of so many steps, from an idle device to an idle device."""
-        self.wait()
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.step()
-        self.wait()
-        elapsed = time.perf_counter() - start
+        attending = between_steps(False, self.run.dir, self.processes.rank, self.record.say)
+        with attention(self.config.train.attention), attending as after_step:
+            self.wait()
+            start = time.perf_counter()
+            for _ in range(steps):
+                self.step()
+                after_step(self.done)
+            self.wait()
+            elapsed = time.perf_counter() - start
         spans = self.watch.take()
         for part, found in spans.items():
             self.spent[part] += sum(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scripts.gpu_invariants import Claim, claims
+from scripts.gpu_claims import Claim, claims
 
 CLAIMS = claims()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from runtime.device import matmul_flops
+from scripts import bench_train
 from scripts.bench_train import COLUMNS, first_step, run
 from scripts.training import PARTS, Stopwatch, Training, configuration, random_corpus
 
@@ -42,6 +43,13 @@ def test_a_case_that_fails_says_so_and_the_others_go_on() -> None:
     assert "fp16 needs a GPU" in rows[0]["error"] and "tokens_per_s" in rows[1]
 
 
+def test_auto_is_the_micro_batch_that_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_train, "AUTO_BATCH", 6)
+    (row,) = run(["--micro-batches", "auto", "--device", "cpu", "--repeat", "1", "--steps", "1",
+                  "--warm-up", "1", *TOY])  # fmt: skip
+    assert row["micro_batch"] == row["global_batch"] == 6 and row["tokens_per_s"] > 0
+
+
 def test_the_stopwatch_is_no_part_of_the_arithmetic(tmp_path: Path) -> None:
     """Losses of `Training` are those of its model on its batches."""
     config = configuration(tmp_path, ["train.global_batch=4", "train.device=cpu", *TOY])
@@ -50,9 +58,7 @@ def test_the_stopwatch_is_no_part_of_the_arithmetic(tmp_path: Path) -> None:
     tokens = tokens % training.shape.vocab_size
     expected = training.model(tokens[:, :-1], tokens[:, 1:]).item()
     training.batches.loader.batch = lambda step: tokens  # type: ignore[method-assign]
-    training.step()
-    pending = training.record._pending
-    assert pending is not None and pending.losses.item() == pytest.approx(expected, rel=1e-6)
+    assert training.step().losses.item() == pytest.approx(expected, rel=1e-6)
     training.close()
 
 

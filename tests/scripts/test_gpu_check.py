@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -14,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.config import Config
-from scripts import gpu_check, gpu_parts
+from scripts import bench_train, gpu_check, gpu_optimizers, gpu_speed, gpu_training
+from scripts.gpu_claims import claims
 from scripts.gpu_invariants import build, compiling_nothing, parameters_of, take_step
+from scripts.gpu_parts import Part, read_rows
+from scripts.gpu_targets import verdicts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,18 +42,41 @@ def test_smoke(tmp_path: Path) -> None:
     rows = {name: part["rows"] for name, part in check["parts"].items()}
     assert list(rows) == list(gpu_check.PARTS)
     assert rows["card"][0]["torch"] == torch.__version__
-    assert rows["card"][0]["bf16_matmul_tflops"] > 0
+    assert rows["card"][0]["matmul_tflops"] > 0
+    speed = {(r["size"], r["setting"], r["optimizer"], r["compile"]): r for r in rows["speed"]}
+    assert list(speed) == [(s.size, s.kind, s.optimizer, s.compile) for s in gpu_speed.ORDER]
+    for (_, kind, _, _), row in speed.items():
+        figures = FIGURES[kind]
+        assert all(row[figure] > 0 for figure in figures), row
+    updates = {(row["size"], row["optimizer"]): row for row in rows["optimizers"]}
+    assert tuple(updates) == gpu_optimizers.ORDER
+    assert all(row["times_fused"] > 0 and 0 < row["of_step"] < 1 for row in updates.values())
+    assert updates["small", "adamw"]["times_floor"] > 0
+    assert {row["claim"] for row in rows["claims"]} == set(claims(["adamw"]))
     assert all("seconds" in row for row in rows["claims"])
-    timed = [row for row in rows["optimizers"] if "skipped" not in row]  # a busy machine skips some
-    assert {row["optimizer"] for row in timed} >= {"adamw", "lion", "mars_adamw"}
-    assert all(row["times_fused"] > 0 for row in timed)
-    (training,) = rows["training"]
-    assert training["step"] == 20 and training["val_loss"] < 6
-    settings = {(row["size"], row["setting"]) for row in rows["speed"]}
-    assert settings == {(s, t) for s in gpu_parts.SIZES for t in gpu_parts.SETTINGS}
-    assert all(row["tokens_per_s"] > 0 and row["of_matmul"] > 0 for row in rows["speed"])
+    *runs, drawn = rows["training"]
+    assert [row["optimizer"] for row in runs] == list(gpu_training.OPTIMIZERS)
+    assert all(row["step"] == 10 and row["val_loss"] < 6.3 for row in runs)
+    assert "No module named" in drawn["picture"]
+    unknown = [row["what"] for row in check["verdicts"] if row["verdict"] == "not measured"]
+    assert unknown == ["large at a micro-batch of 32 or more, GB"]  # of so much no toy is made
+    document = (tmp_path / "out" / "benchmarks.md").read_text()
+    assert all(f"### {name}" in document for name in rows) and "no measurement" in document
+    pictures = gpu_training.draw(
+        [tmp_path / "out" / "training" / name for name in gpu_training.OPTIMIZERS], tmp_path, 60
+    )
+    assert Path(pictures).is_file(), pictures
+    points = (tmp_path / "out" / "training" / "curves.csv").read_text()
+    assert "muon,10,640," in points
 
 
+FIGURES = {
+    "ours": ("tokens_per_s", "of_matmul", "memory_gb", "first_step_s", "optimizer_ms"),
+    "plain": ("tokens_per_s", "of_matmul", "memory_gb", "first_step_s"),
+    "plain mars": ("tokens_per_s", "of_matmul", "memory_gb", "first_step_s"),
+    "start": ("start_s",),
+    "wrappers": ("ddp", "fsdp"),
+}
 WITHOUT = """
 import sys
 from importlib.machinery import PathFinder
@@ -69,25 +93,52 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 """
 
 
-def test_halves_the_micro_batch_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And keeps what fits for the settings that follow, so that rows of a size can be compared."""
-    tried: list[tuple[int, int]] = []
+def test_what_does_not_fit_is_tried_with_the_micro_batch_that_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And what fits is kept for the rows that follow, so that rows of a size can be compared."""
+    tried: list[str] = []
 
-    def speed(part: gpu_parts.Part, config: Config, plain: bool) -> dict[str, Any]:
-        micro = config.train.micro_batch
-        assert micro is not None
-        tried.append((config.train.global_batch, micro))
-        if micro > 16:
-            raise torch.OutOfMemoryError("full")
-        return {"micro_batch": micro, "first_step_s": 1.0}
+    def run(arguments: list[str]) -> list[dict[str, Any]]:
+        micro = arguments[arguments.index("--micro-batches") + 1]
+        tried.append(micro)
+        if micro == "auto":
+            micro = "16"
+        elif int(micro) > 16:
+            return [{"error": "OutOfMemoryError: full"}]
+        return [{"micro_batch": int(micro), "global_batch": 480, "step_ms": 1, "first_step_s": 1}]
 
-    monkeypatch.setattr(gpu_parts, "speed", speed)
-    rows = io.StringIO()
-    part = gpu_parts.Part(torch.device("cpu"), time.monotonic() + 1000, True, rows)
-    gpu_parts.measure_speed(part)
-    reported = [json.loads(line) for line in rows.getvalue().splitlines()]
-    assert len(reported) == 9 and {row["micro_batch"] for row in reported} == {16}
-    assert tried[:3] == [(128, 64), (128, 32), (128, 16)] and len(tried) == 12
+    monkeypatch.setattr(bench_train, "run", run)
+    rows, setting = part(tmp_path), gpu_speed.ORDER[0]
+    first = gpu_speed.ours(rows, setting, None)
+    second = gpu_speed.ours(rows, setting, first["micro_batch"])
+    assert tried == ["32", "auto", "16"] and second["micro_batch"] == 16
+
+
+def test_verdicts_are_of_what_was_measured() -> None:
+    row = {"size": "small", "setting": "ours", "optimizer": "adamw", "compile": True}
+    rows = {"speed": [row | {"tokens_per_s": 6.1e5, "of_matmul": 0.5}], "claims": []}
+    found = {v["what"]: (v["measured"], v["verdict"]) for v in verdicts(rows)}
+    assert found["GPT-2 small, tokens/s"] == (6.1e5, "pass")
+    assert found["small, of the matrix-product rate"] == (0.5, "fail")
+    assert found["GPT-2 large, tokens/s"] == (None, "not measured")
+    assert found["claims that do not hold"] == (None, "not measured")
+    rows["claims"] = [{"claim": "one"}, {"claim": "two", "skipped": "no time left"}]
+    assert verdicts(rows)[-2]["verdict"] == "pass"
+
+
+def test_rows_of_a_part_that_was_killed_are_kept(tmp_path: Path) -> None:
+    """Each is on the disk when it is reported; half a line at the end is left out."""
+    rows = part(tmp_path)
+    rows.report(claim="one", seconds=1.0)
+    rows.rows.write('{"claim": "tw')
+    rows.rows.flush()
+    assert read_rows(tmp_path / "part.jsonl") == [{"claim": "one", "seconds": 1.0}]
+
+
+def part(folder: Path, smoke: bool = False) -> Part:
+    rows = (folder / "part.jsonl").open("w")
+    return Part(torch.device("cpu"), time.monotonic() + 1000, smoke, rows, folder, folder)
 
 
 @pytest.mark.slow
@@ -106,16 +157,11 @@ def test_what_is_compiled_again_is_seen() -> None:
         double(torch.ones(3))
 
 
-def test_a_failure_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = io.StringIO()
-    part = gpu_parts.Part(torch.device("cpu"), time.monotonic() + 1, True, rows)
-    with part.attempt(claim="false") as row:
+def test_a_failure_is_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (rows := part(tmp_path)).attempt(claim="false") as row:
         row["seconds"] = 1.0
         raise AssertionError("it does not hold")
-    assert json.loads(rows.getvalue()) == {
-        "claim": "false",
-        "seconds": 1.0,
-        "error": "AssertionError: it does not hold",
-    }
-    assert "it does not hold" in capsys.readouterr().out
-    assert not gpu_check.ended_well({"failed": None, "rows": [json.loads(rows.getvalue())]})
+    (found,) = read_rows(tmp_path / "part.jsonl")
+    assert found == {"claim": "false", "seconds": 1.0, "error": "AssertionError: it does not hold"}
+    assert found == rows.own[0] and "it does not hold" in capsys.readouterr().out
+    assert not gpu_check.ended_well({"failed": None, "rows": [found]})

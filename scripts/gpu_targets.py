@@ -1,0 +1,199 @@
+"""What a GPU should reach, what scripts/gpu_check.py found, and the verdicts as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.describe import aligned
+from scripts.gpu_parts import Row, short
+
+Rows = dict[str, list[Row]]  # by part
+
+COLUMNS = {
+    "card": "device matmul_tflops datasheet_tflops copy_tb_per_s memory_gb torch cuda python",
+    "speed": (
+        "size setting optimizer compile micro_batch tokens_per_s mfu of_matmul memory_gb step_ms "
+        "forward_ms backward_ms optimizer_ms first_step_s start_s ddp fsdp error"
+    ),
+    "optimizers": (
+        "size optimizer mode ms times_fused floor_ms times_floor of_step state_bytes error"
+    ),
+    "claims": "claim seconds error",
+    "training": (
+        "optimizer step tokens val_loss val_bits_per_byte bigram_bits_per_byte tokens_per_s "
+        "memory_gb stopped_by error"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    what: str
+    limit: float
+    least: bool  # else at most
+    value: Callable[[Rows], float | None]  # None: not measured
+
+    def verdict(self, rows: Rows) -> Row:
+        value = self.value(rows)
+        outcome = "not measured"
+        if value is not None:
+            reached = value >= self.limit if self.least else value <= self.limit
+            outcome = "pass" if reached else "fail"
+        sign = ">=" if self.least else "<="
+        return {
+            "what": self.what,
+            "target": f"{sign} {short(self.limit)}",
+            "measured": value,
+            "verdict": outcome,
+        }
+
+
+def find(rows: Rows, part: str, column: str, **match: Any) -> float | None:
+    """The column of the part's first row that has these values and it."""
+    for row in rows.get(part, []):
+        if column in row and all(row.get(key) == value for key, value in match.items()):
+            return row[column]
+    return None
+
+
+def speed(column: str, size: str, **match: Any) -> Callable[[Rows], float | None]:
+    wanted = {"setting": "ours", "optimizer": "adamw", "compile": True, **match}
+    return lambda rows: find(rows, "speed", column, size=size, **wanted)
+
+
+def update(column: str, size: str, optimizer: str) -> Callable[[Rows], float | None]:
+    return lambda rows: find(rows, "optimizers", column, size=size, optimizer=optimizer)
+
+
+def against(setting: str, optimizer: str) -> Callable[[Rows], float | None]:
+    """Tokens per second of ours as a multiple of the setting's, GPT-2 small."""
+
+    def ratio(rows: Rows) -> float | None:
+        ours = speed("tokens_per_s", "small", optimizer=optimizer)(rows)
+        other = speed("tokens_per_s", "small", setting=setting)(rows)
+        return None if ours is None or other is None else ours / other
+
+    return ratio
+
+
+def large_memory(rows: Rows) -> float | None:
+    """Of GPT-2 large, where the micro-batch is 32 at least."""
+    micro = speed("micro_batch", "large")(rows)
+    return speed("memory_gb", "large")(rows) if micro is not None and micro >= 32 else None
+
+
+def broken_claims(rows: Rows) -> float | None:
+    held = [row for row in rows.get("claims", []) if "skipped" not in row]
+    return float(sum("error" in row for row in held)) if held else None
+
+
+def runs(rows: Rows) -> float | None:
+    """Real runs that ended with a lower loss than a byte-bigram model of the same text, or, where
+    the text is not bytes, that ended."""
+    ended = [row for row in rows.get("training", []) if "val_loss" in row]
+    good = [
+        row
+        for row in ended
+        if row["bigram_bits_per_byte"] is None
+        or row["val_bits_per_byte"] < row["bigram_bits_per_byte"]
+    ]
+    return float(len(good)) if ended else None
+
+
+TARGETS = (
+    Target("GPT-2 small, tokens/s", 600e3, True, speed("tokens_per_s", "small")),
+    Target("GPT-2 medium, tokens/s", 235e3, True, speed("tokens_per_s", "medium")),
+    Target("GPT-2 large, tokens/s", 112e3, True, speed("tokens_per_s", "large")),
+    Target("small, of the matrix-product rate", 0.65, True, speed("of_matmul", "small")),
+    Target("medium, of the matrix-product rate", 0.65, True, speed("of_matmul", "medium")),
+    Target("large, of the matrix-product rate", 0.65, True, speed("of_matmul", "large")),
+    Target("small, times the plain step", 1.3, True, against("plain", "adamw")),
+    Target("small, MARS-AdamW, times the plain", 3.0, True, against("plain mars", "mars_adamw")),
+    Target("small, first step compiled cold, s", 60.0, False, speed("first_step_s", "small")),
+    Target(
+        "small, start of train.py to first update, warm cache, s",
+        15.0,
+        False,
+        speed("start_s", "small", setting="start"),
+    ),
+    Target("large at a micro-batch of 32 or more, GB", 80.0, False, large_memory),
+    *(
+        Target(f"{size}, {name}, times bytes / bandwidth", limit, False, update(column, size, name))
+        for size in ("small", "large")
+        for name, column, limit in (
+            ("adamw", "times_floor", 1.2),
+            ("mars_adamw", "times_floor", 1.25),
+        )
+    ),
+    *(
+        Target(f"{size}, {name}, share of the step", limit, False, update("of_step", size, name))
+        for size in ("small", "large")
+        for name, limit in (("muon", 0.01), ("shampoo", 0.1), ("soap", 0.15))
+    ),
+    *(
+        Target(
+            f"small, {name}, times fused AdamW", limit, False, update("times_fused", "small", name)
+        )
+        for name, limit in (("adamw", 1.1), ("mars_adamw", 1.7), ("lion", 0.85))
+    ),
+    *(
+        Target(
+            f"small, one process in {name.upper()}, of the unwrapped rate",
+            0.98,
+            True,
+            speed(name, "small", setting="wrappers", compile=False),
+        )
+        for name in ("ddp", "fsdp")
+    ),
+    Target("claims that do not hold", 0.0, False, broken_claims),
+    Target("real runs below the byte-bigram mark", 3.0, True, runs),
+)
+
+
+def verdicts(rows: Rows) -> list[Row]:
+    """A row per target, in order."""
+    return [target.verdict(rows) for target in TARGETS]
+
+
+def text_table(columns: Sequence[str], rows: Iterable[Row]) -> str:
+    return aligned([list(columns), *(cells(columns, row) for row in rows)])
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Row]) -> str:
+    lines = [list(columns), ["---"] * len(columns), *(cells(columns, row) for row in rows)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def cells(columns: Sequence[str], row: Row) -> list[str]:
+    """What a row has; of one that was skipped, so much in the first place that is empty."""
+    found = [short(row[c]) if row.get(c) is not None else "" for c in columns]
+    if "skipped" in row and "" in found:
+        found[found.index("")] = "not measured"
+    return found
+
+
+def used(part: str, rows: Sequence[Row]) -> list[str]:
+    """The part's columns that some row has."""
+    return [c for c in COLUMNS[part].split() if any(row.get(c) is not None for row in rows)]
+
+
+def document(result: Row) -> str:
+    """Everything as Markdown, for docs/benchmarks.md."""
+    parts: Rows = {name: part["rows"] for name, part in result["parts"].items()}
+    card = parts["card"][0] if parts.get("card") else {}
+    head = ", ".join(f"{key} {card[key]}" for key in ("torch", "cuda", "python") if card.get(key))
+    toy = " Toy sizes: a trial of the script, no measurement." if result["smoke"] else ""
+    lines = [
+        f"{card.get('device', 'no device')}; {head}; {result['date_utc'][:10]}; "
+        f"`bash scripts/gpu_check.sh`, {result['seconds']:.0f} s.{toy}",
+        markdown_table(("what", "target", "measured", "verdict"), result["verdicts"]),
+    ]
+    for name, rows in parts.items():
+        shown = [row for row in rows if not {"curves"} & row.keys()]
+        if shown:
+            lines += [f"### {name}", markdown_table(used(name, shown), shown)]
+        if result["parts"][name]["failed"]:
+            lines.append(f"The part did not end well: {result['parts'][name]['failed']}.")
+    return "\n\n".join(lines) + "\n"

@@ -1,0 +1,131 @@
+"""Real runs of train.py on a GPU, one for each of three optimizers, and their curves.
+
+The text is what train.py has by default, the Python standard library as bytes, unless the
+environment variable DATA gives overrides of data, such as
+``DATA="data=text data.files=[a.txt] data.tokenizer=gpt2"``. The vocabulary is GPT-2's in any case.
+All runs have the same batches, as many as the time allows at the rate that ``speed`` has measured;
+they are compiled where there is time for it. Run folders, curves.csv and pictures stay in
+OUT_DIR/training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from report.tables import write_csv
+from runtime.metrics import FILE_NAME, read_metrics
+from scripts.gpu_parts import ROOT, Part, Row, toy
+from scripts.gpu_speed import BATCH, step_seconds
+
+OPTIMIZERS = ("adamw", "mars_adamw", "muon")
+ROWS = 64  # sequences per update: 65,536 tokens
+STOP, DRAW = 5.0, 10.0  # seconds of an end on demand, and for the pictures
+START = {False: 12.0, True: 40.0}  # to the first step; compiled, with graphs of the evaluation too
+WORTH = 120.0  # seconds of a run from which on compiling gains more than it takes
+KEPT = ("val_bits_per_byte", "bigram_bits_per_byte", "elapsed_s", "memory_gb", "stopped_by")
+
+
+def train_for_real(part: Part) -> None:
+    settings = settings_of(part)
+    folder = part.out / "training"
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier check
+    for i, name in enumerate(OPTIMIZERS):
+        limit = (part.left() - DRAW) / (len(OPTIMIZERS) - i)
+        if limit < 2 * START[False] and not part.smoke:
+            part.report(optimizer=name, skipped=f"{limit:.0f} s left")
+            continue
+        with part.attempt(optimizer=name) as row:
+            row |= train(folder / name, [f"optim={name}", *settings], limit)
+    runs = [folder / name for name in OPTIMIZERS if (folder / name / FILE_NAME).is_file()]
+    if runs:
+        write_csv(folder / "curves.csv", curves(runs))
+        part.report(curves=str(folder / "curves.csv"), picture=draw(runs, folder, part.left()))
+
+
+def settings_of(part: Part) -> list[str]:
+    """With what `speed` has found, so that what it has compiled serves here."""
+    speed = part.of("speed")
+    found = [row for row in speed if (row["size"], row["setting"]) == ("small", "ours")]
+    found = [row for row in found if "tokens_per_s" in row]
+    micro = found[0]["micro_batch"] if found and ROWS % found[0]["micro_batch"] == 0 else "auto"
+    kernel = found[0]["attention"] if found else "auto"
+    seconds = (part.left() - DRAW) / len(OPTIMIZERS)
+    compile = seconds > WORTH
+    steps = steps_in(seconds - START[compile] - STOP, step_seconds(speed, "small", compile))
+    rows = ROWS
+    vocabulary, validation = 50257, 65536
+    if part.smoke:
+        micro, rows, steps, vocabulary, validation, compile = 2, 4, 10, 500, 1024, False
+    return [
+        *("model=gpt2_small", f"model.vocab_size={vocabulary}", *toy(part.smoke)),
+        *(f"train.device={part.device.type}", f"train.compile={str(compile).lower()}"),
+        *(f"train.global_batch={rows}", f"train.micro_batch={micro}", f"train.steps={steps}"),
+        *(f"train.attention={kernel}", f"train.eval_every={max(1, steps // 5)}"),
+        *(f"train.eval_tokens={validation}", "train.sample_tokens=0", "train.checkpoint_every=0"),
+        *("logging.every=1", "logging.picture=false"),
+        *shlex.split(os.environ.get("DATA", "")),
+    ]
+
+
+def steps_in(seconds: float, measured: tuple[float, float] | None) -> int:
+    """Updates of `ROWS` sequences; a rate that is not known is taken to be low. A step has the
+    optimizer's whole work for a part of the tokens, and a fifth is left for evaluations."""
+    whole, optimizer = measured or (5.0, 0.01)
+    step = (whole - optimizer) * ROWS / BATCH + 3 * optimizer
+    return max(20, int(0.8 * seconds / step))
+
+
+def train(run: Path, settings: list[str], limit: float) -> Row:
+    """train.py from text to summary; asked to stop, as by a scheduler, if time runs out."""
+    command = [sys.executable, "train.py", *settings, f"run.dir={run}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        output, _ = process.communicate(timeout=max(limit - STOP, 5.0))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=2 * STOP)
+    finally:
+        process.kill()  # has no effect where it has ended
+    if process.returncode != 0:
+        raise RuntimeError(f"train.py ended with exit code {process.returncode}: see the log")
+    result = json.loads(output.splitlines()[-1])
+    summary = json.loads((run / "summary.json").read_text())
+    rates = [r["tokens_per_s"] for r in read_metrics(run / FILE_NAME) if "tokens_per_s" in r]
+    return {
+        **{key: result[key] for key in ("step", "tokens", "val_loss")},
+        **{key: summary[key] for key in KEPT},
+        "tokens_per_s": statistics.median(rates) if rates else None,
+    }
+
+
+def curves(runs: list[Path]) -> list[dict[str, Any]]:
+    wanted = ("train/loss", "val/loss", "lr", "grad_norm")
+    return [
+        {"run": run.name, "step": record["step"], "tokens": record["tokens"]}
+        | {key: record.get(key) for key in wanted}
+        for run in runs
+        for record in read_metrics(run / FILE_NAME)
+    ]
+
+
+def draw(runs: list[Path], folder: Path, seconds: float) -> str:
+    """Pictures, by report.compare, which wants more libraries than training does; else why not."""
+    command = [sys.executable, "-m", "report.compare", *map(str, runs), f"out={folder / 'report'}"]
+    try:
+        result = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, 1.0)
+        )
+    except subprocess.TimeoutExpired:
+        return "no time left"
+    if result.returncode:
+        return f"not drawn: {result.stderr.strip().splitlines()[-1]}"
+    return str(folder / "report" / "loss_val_tokens.png")
