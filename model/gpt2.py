@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.document_mask import document_mask, masked_attention
-from model.loss import chunked_cross_entropy, cross_entropy
+from model.loss import HEADS, check_kernel, cross_entropy
 
 INIT_STD = 0.02  # OpenAI drew the positions with 0.01; nanoGPT and transformers use 0.02 for both
 LAYER_NORM_EPS = 1e-5
@@ -55,6 +55,7 @@ class GPT2Config:
     exact_gelu: bool = False  # True: with erf, as nanoGPT; False: tanh, as OpenAI and MARS
     scale_attn_by_inverse_layer_idx: bool = False  # logits / (layer + 1), as the MARS code trains
     loss_chunks: int = 1  # parts of a micro-batch whose logits exist at a time in training
+    loss_kernel: str = "torch"  # of head and loss: model/loss.py
 
     def __post_init__(self) -> None:
         sizes = ("n_layer", "n_head", "n_embd", "context", "vocab_size", "vocab_multiple")
@@ -62,6 +63,7 @@ class GPT2Config:
             size = getattr(self, name)
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"model.{name} is {size!r}: expected a positive integer")
+        check_kernel(self.loss_kernel)
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"model.n_embd {self.n_embd} is not divisible by model.n_head {self.n_head}: "
@@ -321,9 +323,10 @@ class GPT2(nn.Module):
             )
         x = self.transformer(tokens, documents=documents, cache=cache)
         weight, bias = self.transformer.wte.weight, self._padding_bias(x)
-        if targets is not None and self.config.loss_chunks > 1:
-            flat, chunks = (x.flatten(0, 1), targets.flatten()), self.config.loss_chunks
-            return chunked_cross_entropy(flat[0], weight, bias, flat[1], reduction, chunks)
+        kernel, chunks = self.config.loss_kernel, self.config.loss_chunks
+        if targets is not None and (kernel != "torch" or chunks > 1):
+            of_rows = x.flatten(0, 1), weight, bias, targets.flatten()
+            return HEADS[kernel](*of_rows, reduction, chunks)
         logits = self.linear(x, weight, bias)
         if targets is None:
             return logits[..., : self.config.vocab_size]

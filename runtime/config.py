@@ -318,7 +318,7 @@ FREE = (
     *("train.micro_batch", "train.threads", "train.compile", "train.device", "train.resume"),
     *("train.compile_mode", "train.compile_blocks", "train.compile_cache", "train.profile"),
     *("train.cpu_linear",),
-    *("model.loss_chunks", "train.attention"),
+    *("model.loss_chunks", "model.loss_kernel", "train.attention"),
     *("train.checkpoint_every", "train.keep_checkpoints"),
     *("train.eval_every", "train.eval_tokens", "train.sample_tokens"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -49,3 +50,11 @@ def test_under_autocast_as_far_as_bfloat16_goes() -> None:
 def test_what_is_no_number_of_parts_is_refused() -> None:
     with pytest.raises(ValueError, match="loss_chunks is 0"):
         replace(CONFIG, loss_chunks=0)
+
+
+def test_a_kernel_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="loss_kernel is 'cut'"):
+        replace(CONFIG, loss_kernel="cut")
+    if find_spec("liger_kernel") is None:
+        with pytest.raises(ValueError, match="pip install liger-kernel"):
+            replace(CONFIG, loss_kernel="liger")
