@@ -30,14 +30,19 @@ from optim.update import Update
 
 
 class ScalarsFirst(CustomGraphPass):
-    """Mark operations whose operands are all 0-D CPU tensors, and merge equal ones: they run as
-    eager calls of their own (microseconds, with eager's bits), never as part of a loop."""
+    """Mark what is computed from nothing but 0-D CPU tensors, and merge what is equal: it runs in
+    eager calls of its own (microseconds, with eager's bits), never as part of a loop."""
 
     def __call__(self, graph: fx.Graph) -> None:
         seen: dict[str, fx.Node] = {}
+        scalars: set[fx.Node] = set()
         for node in graph.nodes:
-            operands = (node, *node.all_input_nodes)
-            if node.op == "call_function" and all(map(_is_scalar, operands)):
+            if not _is_scalar(node):
+                continue
+            if node.op == "placeholder":
+                scalars.add(node)
+            elif node.op == "call_function" and scalars.issuperset(node.all_input_nodes):
+                scalars.add(node)
                 node.meta["should_fallback"] = True
                 first = seen.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
                 if first is not node:

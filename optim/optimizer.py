@@ -30,10 +30,10 @@ from optim.rule import Rule, State, count
 from optim.rules import build_rule
 from optim.update import How, Update, is_entrywise, is_vector, update_joined, update_parameters
 
-# Parameters of one shape in a compiled call, at most: where entries depend on nothing else, and
-# where they do. Few, for the time that compilation takes (a second per parameter of the second
-# kind) and for the cache of a CPU; on a GPU calls must be fewer than kernels are slow (unmeasured).
-PER_GRAPH = {"cpu": (2, 1), "cuda": (12, 12)}
+# Layers in a compiled call, at most: where entries depend on nothing else, and where they do. Few,
+# for the time that compilation takes (a second for each parameter of the second kind) and for the
+# cache of a CPU; on a GPU calls must be fewer than kernels are slow (unmeasured).
+PER_GRAPH = {"cpu": (2, 1), "cuda": (3, 3)}
 
 
 class Piece(NamedTuple):
@@ -247,10 +247,10 @@ class Optimizer(torch.optim.Optimizer):
     def _calls(
         self, group: Mapping[str, Any], pieces: list[Piece]
     ) -> Iterator[tuple[list[Piece], bool]]:
-        """Pieces to update in one call, and whether joined into one vector. The others of a
-        call have one shape and direction: all matrices for a matrix rule on a GPU; what is compiled
-        in equal parts, which share one graph, small whatever the depth of the model; else one by
-        one."""
+        """Pieces to update in one call, and whether joined into one vector. Calls of a matrix rule
+        have one shape and direction: on a GPU all such matrices. What is compiled goes by layers,
+        one of each shape of which there are equally many, so that all calls share a few graphs
+        whatever the depth of the model."""
         rule, correction, mask = self._parts(group)
         entrywise = is_entrywise(rule, correction, mask)
         sets: dict[Any, list[Piece]] = {}
@@ -258,17 +258,21 @@ class Optimizer(torch.optim.Optimizer):
             p, grad, state, phase = piece
             joined, steps = entrywise and is_vector(p, state), count(state)
             shape, direction = None if joined else p.shape, rule.direction_at(steps, phase)
-            key = (joined, shape, p.dtype, grad.device, steps, direction)
+            key = (joined, shape, _is_small(p), p.dtype, grad.device, steps, direction)
             sets.setdefault(key, []).append(piece)
-        for (joined, *_), alike in sets.items():
-            size = 1
-            if joined or (rule.granularity == "matrix" and alike[0].grad.is_cuda):
-                size = len(alike)
+        layers: dict[Any, list[list[Piece]]] = {}
+        for (joined, _, *alike), found in sets.items():
+            if joined or (rule.granularity == "matrix" and found[0].grad.is_cuda):
+                yield found, joined
             elif self._compile and rule.granularity != "matrix":
-                most = PER_GRAPH.get(alike[0].param.device.type, (1, 1))
-                size = _equal_part(len(alike), most[not entrywise])
-            for i in range(0, len(alike), size):
-                yield alike[i : i + size], joined
+                layers.setdefault((len(found), *alike), []).append(found)
+            else:
+                yield from (([piece], False) for piece in found)
+        for (n, *_), shapes in layers.items():
+            most = PER_GRAPH.get(shapes[0][0].param.device.type, (1, 1))
+            size = _equal_part(n, most[not entrywise])
+            for i in range(0, n, size):
+                yield [piece for found in shapes for piece in found[i : i + size]], False
 
     def _parts(self, group: Mapping[str, Any]) -> tuple[Rule, Correction, Mask]:
         correction = CORRECTIONS[group["correction"]]
@@ -297,8 +301,7 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         """Call a function of optim/update.py, compiled where that pays."""
         rule, correction, mask, direction, weight_decay = how
-        # a CPU gains little on a vector, whose compilation takes as long as that of a matrix
-        small = joined or not params[0].numel() or (params[0].ndim < 2 and params[0].is_cpu)
+        small = joined or _is_small(params[0])
         if self._compile and not small and direction == rule.direction:
             alike = [(t.shape, t.stride(), t.dtype, t.device) for t in (*params, *grads, lr)]
             key = (update.func, rule, correction, mask, weight_decay, *alike)
@@ -393,6 +396,12 @@ class Optimizer(torch.optim.Optimizer):
             for group in self.param_groups
             for name, p in zip(group["param_names"], group["params"], strict=True)
         ]
+
+
+def _is_small(param: Tensor) -> bool:
+    """Whether compilation does not pay. A CPU gains little on a vector, whose compilation takes as
+    long as that of a matrix."""
+    return not param.numel() or (param.ndim < 2 and param.is_cpu)
 
 
 def _equal_part(n: int, most: int) -> int:

@@ -31,7 +31,7 @@ def update_parameters(
     states: list[State],
     lr: Tensor,
 ) -> None:
-    """Update parameters of one shape in place; all have done the same number of steps."""
+    """Update parameters in place, for a matrix rule of one shape, after equally many steps."""
     us = directions(rule, correction, mask, direction, weight_decay, params, grads, states)
     for p, s, u in zip(params, states, us, strict=True):
         rule.apply(p, u, s, lr, weight_decay, states[0]["step"])
