@@ -44,12 +44,12 @@ from model.document_mask import WithDocuments
 from model.init_from import initialize
 from optim import Optimizer, Schedule, create_optimizer
 from report.curves import plot_loss
-from runtime.attention import attention, settle_attention
 from runtime.between_steps import between_steps
 from runtime.cli import plain_errors, run_command
 from runtime.config import Config, accumulation, gradient_scale, load, model_config, schedule
 from runtime.device import Device, seed_step, uniform
 from runtime.guard import Guard
+from runtime.kernels import kernels, settle_kernels
 from runtime.launch import together
 from runtime.micro_batch import settle_micro_batch
 from runtime.parallel import Parallel, parallelize
@@ -109,7 +109,7 @@ def train(config: Config, run: Run, processes: Processes, guard: Guard) -> dict[
     order.check(every.steps + optimizer.needs_next_batch_gradient)
     own, pin = parallel.rows(every.global_batch), device.device.type == "cuda"
     loader = corpus.loader(order, rows=own, pin_memory=pin)
-    settle_attention(every, run, processes, device, shape)
+    settle_kernels(every, run, processes, device, shape, optimizer)
     settle_micro_batch(every, run, parallel, optimizer, device, shape.context)
     rows = every.global_batch // processes.size // accumulation(every, processes.size)
     validation = Validation(corpus.val, shape.context, every.eval_tokens, rows)
@@ -124,8 +124,8 @@ def train(config: Config, run: Run, processes: Processes, guard: Guard) -> dict[
     # ---- loop: step counts completed updates
     first = step
     attending = between_steps(every.profile, run.dir, processes.rank, record.say)
-    kernels = attention(every.attention)
-    with loader, StopRequest() as stop, record, checkpoints, kernels, attending as after_step:
+    chosen = kernels(every)
+    with loader, StopRequest() as stop, record, checkpoints, chosen, attending as after_step:
         while True:
             stopped = processes.any(stop.requested is not None)
             last = step == every.steps or stopped

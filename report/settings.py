@@ -25,7 +25,8 @@ IRRELEVANT = (
 )
 SPEED = (
     *("train.micro_batch", "train.threads", "train.compile", "train.device", "parallel."),
-    *("train.attention", "train.cpu_linear", "train.profile", "model.loss_", "data.prefetch"),
+    *("train.attention", "train.symmetric", "train.cpu_linear", "train.profile", "model.loss_"),
+    "data.prefetch",
 )
 OPTIMIZER = ("optim.",)
 KINDS = {"optimizer": OPTIMIZER, "speed": SPEED}

@@ -1,10 +1,9 @@
 """train.attention: which of torch's kernels computes attention on a GPU.
 
 auto measures them once, forward and backward at the model's own shape, leaves out those that fail
-or do not give what the plain formula gives, and prefers the fastest from then on. What it found
-goes into the run's config.yaml: kernels round differently, and a continued run must not. Elsewhere
-than on a GPU, and with another name than auto, nothing is measured. What the preferred kernel
-cannot do (a mask, say) goes to the next.
+or do not give what the plain formula gives, and prefers the fastest from then on
+(runtime/fastest.py). Elsewhere than on a GPU, and with another name than auto, nothing is measured.
+What the preferred kernel cannot do (a mask, say) goes to the next.
 
 fa3 is FlashAttention 3, a package of its own for Hopper GPUs, which torch puts in the place of its
 own flash kernel. Written from torch's documentation and never run: no machine had it.
@@ -12,10 +11,9 @@ own flash kernel. Written from torch's documentation and never run: no machine h
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +22,9 @@ from torch.nn import attention as torch_attention
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from runtime.config import AUTO, TrainConfig
 from runtime.device import DTYPES, Device
 from runtime.errors import ConfigError
-from runtime.processes import Processes
-from runtime.run import Run, recorded
+from runtime.fastest import agree, seconds
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -37,30 +33,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-ROWS, REPEAT = 8, 10
-TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 5e-3}  # of the largest entry; TF32 in fp32
-
-
-def settle_attention(
-    train: TrainConfig, run: Run, processes: Processes, device: Device, shape: Any
-) -> None:
-    """Replace train.attention=auto by a name, the same on all processes."""
-    if train.attention != AUTO:
-        return
-
-    def choose() -> tuple[str, str]:
-        before = recorded(run.dir, "attention")
-        if before is not None and before != AUTO:
-            return before, "as this run began"
-        if device.device.type != "cuda":
-            return "default", ""
-        times = measure(device, shape)
-        found = min(times, key=lambda name: times[name])
-        return found, ", ".join(f"{name} {1e3 * t:.2f} ms" for name, t in times.items())
-
-    train.attention, why = processes.decide(choose)
-    if why:
-        run.notes.append(f"train.attention=auto: {train.attention} ({why})")
+ROWS = 8  # sequences of the measurement
 
 
 @contextmanager
@@ -107,23 +80,13 @@ def measure(device: Device, shape: Any) -> dict[str, float]:
         try:
             with _installed(name):
                 sample = _results([t[:1] for t in low], name, shape.dropout)
-                right = _agree(sample, expected, TOLERANCE[device.precision])
+                right = agree(sample, expected, low[0].dtype)
                 if right or shape.dropout:  # with dropout there is nothing to compare
-                    times[name] = _seconds(device, low, name, shape.dropout)
+                    work = partial(_results, low, name, shape.dropout)
+                    times[name] = seconds(device.device, work)
         except (ConfigError, RuntimeError):
             continue  # "No available kernel": not for this GPU, dtype or shape; or no memory
     return times or {"math": float("nan")}
-
-
-def _seconds(device: Device, given: list[Tensor], name: str, dropout: float) -> float:
-    seconds = []
-    for _ in range(3 + REPEAT):
-        _wait(device)
-        start = time.perf_counter()
-        _results(given, name, dropout)
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[3:])
 
 
 def _results(given: list[Tensor], name: str, dropout: float) -> list[Tensor]:
@@ -132,13 +95,3 @@ def _results(given: list[Tensor], name: str, dropout: float) -> list[Tensor]:
     with sdpa_kernel(BACKENDS[name]):
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
         return [out, *torch.autograd.grad(out, (query, key, value), given[3])]
-
-
-def _agree(found: list[Tensor], expected: list[Tensor], tolerance: float) -> bool:
-    pairs = zip(found, expected, strict=True)
-    return all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in pairs)
-
-
-def _wait(device: Device) -> None:
-    if device.device.type == "cuda":
-        torch.cuda.synchronize(device.device)

@@ -25,6 +25,7 @@ from data.sources import SPLIT_RULES
 from model import MODELS
 from model.init_from import complete
 from optim import Schedule, create
+from optim.symmetric import WAYS
 from runtime.cpu_linear import LINEAR
 from runtime.errors import ConfigError
 from runtime.parallel import DIVIDE, DTYPES, WRAPPERS, Compile, ParallelConfig
@@ -48,6 +49,7 @@ class TrainConfig:
     profile: bool  # record a few steps (runtime/profile.py)
     threads: int | None  # CPU threads; None: torch's default
     attention: str  # auto | default | a kernel of ATTENTION
+    symmetric: str  # auto | whole | blocks | kernel: the optimizer's products x x^T
     cpu_linear: str  # auto | torch | onednn: who multiplies float32 matrices on a CPU
     eval_every: int  # steps; 0: never
     eval_tokens: int | None  # size of the fixed validation set; None: the whole split
@@ -133,6 +135,7 @@ CHOICES = {
     "train.accumulation": ("mean", "sum"),
     "train.precision": ("auto", "fp32", "bf16", "fp16"),
     "train.attention": ATTENTION,
+    "train.symmetric": tuple(WAYS),
     "train.cpu_linear": LINEAR,
     "train.compile_mode": MODES,
     "parallel.strategy": tuple(WRAPPERS),
@@ -318,7 +321,7 @@ FREE = (
     *("train.micro_batch", "train.threads", "train.compile", "train.device", "train.resume"),
     *("train.compile_mode", "train.compile_blocks", "train.compile_cache", "train.profile"),
     *("train.cpu_linear",),
-    *("model.loss_chunks", "model.loss_kernel", "train.attention"),
+    *("model.loss_chunks", "model.loss_kernel", "train.attention", "train.symmetric"),
     *("train.checkpoint_every", "train.keep_checkpoints"),
     *("train.eval_every", "train.eval_tokens", "train.sample_tokens"),
 )

@@ -103,6 +103,7 @@ class Case:
             "turns_ms": [1e3 * turn for turn in self.turns],
             "precision": device.precision,
             "attention": training.config.train.attention,
+            "symmetric": training.config.train.symmetric,
             "context": training.shape.context,
             "global_batch": training.config.train.global_batch,
             "processes": training.processes.size,

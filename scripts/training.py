@@ -3,8 +3,8 @@
 `Training` builds what train.py builds and calls train.py's `update`, loader and record. A mark at
 the border of two parts ends the one and begins the other, so that the parts add up to the step. On
 a GPU marks are events on its queue: what a part takes is the time of the GPU, with the host's work
-hidden where it is hidden in training. Attention's kernel and the micro-batch are settled as in
-train.py, and the garbage collector rests during a turn.
+hidden where it is hidden in training. Kernels and the micro-batch are settled as in train.py, and
+the garbage collector rests during a turn.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from data.tokenizer import get_tokenizer
 from model import GPT2
 from model.document_mask import WithDocuments
 from optim import Optimizer, create_optimizer
-from runtime.attention import attention, settle_attention
 from runtime.between_steps import between_steps
 from runtime.config import Config, accumulation, load, model_config, schedule
 from runtime.device import Device
+from runtime.kernels import kernels, settle_kernels
 from runtime.micro_batch import settle_micro_batch
 from runtime.parallel import parallelize
 from runtime.processes import Processes
@@ -116,7 +116,8 @@ class Training:
             **config.optim,
         )
         self.run = open_for_all(config, self.processes)
-        settle_attention(config.train, self.run, self.processes, self.device, self.shape)
+        own = (config.train, self.run, self.processes, self.device, self.shape, self.optimizer)
+        settle_kernels(*own)
         parts = (self.parallel, self.optimizer, self.device, self.shape.context)
         settle_micro_batch(config.train, self.run, *parts)
         self.loader = corpus.loader(
@@ -155,7 +156,7 @@ class Training:
     def seconds(self, steps: int) -> float:
         """Wall time of a turn of so many steps, from an idle device to an idle device."""
         attending = between_steps(False, self.run.dir, self.processes.rank, self.record.say)
-        with attention(self.config.train.attention), attending as after_step:
+        with kernels(self.config.train), attending as after_step:
             self.wait()
             start = time.perf_counter()
             for _ in range(steps):

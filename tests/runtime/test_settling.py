@@ -12,9 +12,10 @@ from system import Command, here
 from torch.nn import attention as torch_attention
 
 from model import GPT2Config
-from runtime.attention import BACKENDS, _agree, attention, measure
+from runtime.attention import BACKENDS, attention, measure
 from runtime.device import Device
 from runtime.errors import ConfigError
+from runtime.fastest import agree
 from runtime.micro_batch import largest
 
 
@@ -63,9 +64,9 @@ def test_kernels_that_fail_or_disagree_are_left_out() -> None:
     assert {"math"} <= set(times) < set(BACKENDS)  # a CPU has no cuDNN
     assert all(t > 0 for t in times.values())
     right = [torch.ones(3)]
-    assert _agree([right[0] + 1e-4], right, 1e-3)
-    assert not _agree([right[0] + 1e-2], right, 1e-3)
-    assert not _agree([right[0] * float("nan")], right, 1e-3)
+    assert agree([right[0] + 1e-4], right, torch.float32)
+    assert not agree([right[0] + 1e-2], right, torch.float32)
+    assert not agree([right[0] * float("nan")], right, torch.float32)
 
 
 @pytest.mark.skipif(find_spec("flash_attn_interface") is not None, reason="it is installed")
