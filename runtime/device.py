@@ -42,6 +42,10 @@ PEAKS = {
     "T4": 65e12,
 }
 
+# As the process began: torch sets it itself once its compiler is imported, which an optimizer does.
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+USERS_CACHE = os.environ.get(CACHE)
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -74,11 +78,10 @@ class Device:
                 f"(train.compile_mode={train.compile_mode}) would overwrite the layer before: use "
                 f"default or max-autotune-no-cudagraphs"
             )
-        if train.compile and train.compile_cache is not None:
+        if train.compile and train.compile_cache is not None and USERS_CACHE is None:
             # What torch compiles is code, to be loaded again: in the user's own folder, where its
             # default is the machine's /tmp. Triton's kernels go there too.
-            folder = Path(train.compile_cache).expanduser().absolute()
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+            os.environ[CACHE] = str(Path(train.compile_cache).expanduser().absolute())
         device = torch.device(best_device() if train.device == "auto" else _parse(train.device))
         if device.type == "cuda":
             device = _gpu(device.index, processes)
