@@ -11,7 +11,7 @@ hang or a full memory costs the rest nothing:
     card         name, versions, memory; the matrix-product and copy rates that the rest is held to
     speed        scripts/gpu_speed.py: tokens/s, MFU, memory, compile time by model size, and plain,
                  which is the same network as nanoGPT trains it
-    optimizers   scripts/gpu_optimizers.py: one update of each optimizer
+    optimizers   scripts/gpu_optimizers.py: one update of each optimizer; symmetric products
     claims       scripts/gpu_claims.py, what the tests marked gpu hold
     training     scripts/gpu_training.py: real runs of train.py with three optimizers, their curves
 
@@ -27,28 +27,30 @@ every part ended well and nothing failed; a target that is missed is a verdict, 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import torch
 
 from runtime.device import best_device
 from runtime.files import atomic_write_text, write_json
 from scripts.gpu_optimizers import time_optimizers
-from scripts.gpu_parts import ROOT, Part, Row, card, hold_claims, read_rows
+from scripts.gpu_parts import Part, Row, card, hold_claims, read_rows
 from scripts.gpu_speed import measure_speed
 from scripts.gpu_targets import document, text_table, used, verdicts
 from scripts.gpu_training import train_for_real
 
+LOG = "gpu_check.log"
 MINUTES = 7.8  # for all parts together
 GRACE = 10.0  # seconds between a part's own deadline and its end by force
 
@@ -61,33 +63,28 @@ PARTS: dict[str, tuple[Callable[[Part], None], float]] = {  # and share of the t
 }
 
 
-def run_part(name: str, seconds: float, smoke: bool, log: IO[str], scratch: Path, out: Path) -> Row:
+def run_part(name: str, seconds: float, smoke: bool, out: Path) -> Row:
     """Run a part in a process of its own; what it reported, and how it ended."""
     print(f"\n== {name} (at most {seconds:.0f} s)", flush=True)
     file, start = out / "parts" / f"{name}.jsonl", time.monotonic()
-    command = [sys.executable, "-m", "scripts.gpu_check", str(file)]
-    command += ["--part", name, "--seconds", str(seconds), "--folder", str(out)]
-    command += ["--smoke"] if smoke else []
-    # compiled kernels in the scratch folder: every check starts cold, and its times say so
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
-    environment["GPT2_BENCH_CACHE"] = str(scratch)  # prepared data
-    if smoke:
-        environment["OMP_NUM_THREADS"] = "1"  # threads that wait for busy cores take for ever
-    log.write(f"\n== {name}\n")
-    log.flush()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=log, start_new_session=True
-    )
+    # without a GPU, which does not survive a fork, all but the first save seconds of imports
+    fork = smoke and name != "card" and not torch.cuda.is_available()
+    context: Any = multiprocessing.get_context("fork" if fork else "spawn")
+    process = context.Process(target=work, args=(name, seconds, smoke, file, out))
+    process.start()
     ended: str | None = None
     try:
-        if process.wait(timeout=seconds + GRACE) != 0:
-            ended = f"exit code {process.returncode}"
-    except subprocess.TimeoutExpired:
-        ended = "stopped: it did not end in time"
+        process.join(seconds + GRACE)
+        if process.exitcode is None:
+            ended = "stopped: it did not end in time"
+        elif process.exitcode != 0:
+            ended = f"exit code {process.exitcode}"
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # with the compiler's workers
-            process.wait()
+        if process.exitcode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the compiler's workers
+            process.kill()
+            process.join()
     if ended is not None:
         print(f"   {ended}; the log says more", flush=True)
     took = round(time.monotonic() - start, 1)
@@ -95,8 +92,16 @@ def run_part(name: str, seconds: float, smoke: bool, log: IO[str], scratch: Path
 
 
 def work(name: str, seconds: float, smoke: bool, file: Path, out: Path) -> None:
-    """The body of a part's process."""
+    """The body of a part's process, the first of a group. What it says on stderr is in the log."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has its parent's
+    with (out / LOG).open("a") as stream:
+        stream.write(f"\n== {name}\n")
+        stream.flush()
+        os.dup2(stream.fileno(), sys.stderr.fileno())
     deadline = time.monotonic() + seconds
+    if smoke:
+        torch.set_num_threads(1)  # a fork has not read OMP_NUM_THREADS
     if smoke and name in ("speed", "claims"):
         torch.compiler.set_stance("force_eager")  # compiling is slow, importing the compiler too
     with file.open("w") as rows:
@@ -121,13 +126,7 @@ def main() -> int:
     parser.add_argument("--only", choices=PARTS, help="this part, after the card")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
     parser.add_argument("--smoke", action="store_true", help="toy sizes on whatever there is")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in its own process
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.part is not None:
-        work(args.part, args.seconds, args.smoke, args.out, args.folder)
-        return 0
     if not torch.cuda.is_available() and not args.smoke:
         print("error: torch sees no CUDA device; --smoke tries the script without", file=sys.stderr)
         return 1
@@ -145,14 +144,19 @@ def check(chosen: list[str], whole: float, smoke: bool, out: Path) -> Row:
     """Run the parts within ``whole`` seconds; all that was found, as it is in gpu_check.json."""
     begin, parts = time.monotonic(), dict[str, Row]()
     result: Row = {"date_utc": datetime.now(UTC).isoformat(timespec="seconds"), "smoke": smoke}
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
-        (out / "gpu_check.log").open("w") as log,
-    ):
+    (out / LOG).write_text("")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        # for the parts: prepared data, and compiled kernels, so that every check starts cold
+        os.environ |= {
+            "GPT2_BENCH_CACHE": scratch,
+            "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
+        }
+        if smoke:
+            os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for busy cores take for ever
         for i, name in enumerate(chosen):
             left = whole - GRACE - (time.monotonic() - begin)
             own = PARTS[name][1] / sum(PARTS[other][1] for other in chosen[i:])
-            parts[name] = run_part(name, own * left, smoke, log, Path(scratch), out)
+            parts[name] = run_part(name, own * left, smoke, out)
             result |= {"seconds": round(time.monotonic() - begin, 1), "parts": parts}
             rows = {name: part["rows"] for name, part in parts.items()}
             result["verdicts"] = verdicts(rows)

@@ -27,6 +27,7 @@ from scripts.gpu_runtime import (
     chunked_loss_equals_plain,
     compiled_update_follows_lr,
     largest_micro_batch_fits,
+    symmetric_products_equal,
     wrapped_equals_unwrapped,
 )
 
@@ -44,6 +45,7 @@ def claims(optimizers: Iterable[str] | None = None) -> dict[str, Claim]:
         "the gradient clip does not wait": clip_does_not_wait,
         "batches arrive whole, on a queue of their own, without waiting": batches_arrive,
         "every attention kernel equals the formula": attention_equals_formula,
+        "every way of x x^T equals the product, eager and compiled": symmetric_products_equal,
         "a loss in chunks equals the plain one in bf16": chunked_loss_equals_plain,
     }
     for precision in ("fp32", "bf16"):

@@ -5,6 +5,8 @@ The floor is what an update must read and write over the bandwidth of a copy, me
 Of AdamW: weight, gradient and two moments read, weight and moments written, 28 bytes a parameter.
 MARS-AdamW reads the last gradient too and writes the present one in its place, and its clip needs
 the norm of both before anything else can be done: 44.
+
+Before them the symmetric products that Muon's update mostly is (scripts/gpu_symmetric.py).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from scripts.bench_optim import gpt2, measure
 from scripts.gpu_invariants import TINY
 from scripts.gpu_parts import Part, Row, copy_rate
 from scripts.gpu_speed import step_seconds
+from scripts.gpu_symmetric import time_products
 
 BYTES = {"adamw": 28, "mars_adamw": 44}  # per parameter, all float32
 ORDER = (
@@ -29,6 +32,7 @@ SECONDS = 1.0  # of turns, a row; at least two turns of ten steps
 
 
 def time_optimizers(part: Part) -> None:
+    time_products(part)  # seconds
     bandwidth, slowest = copy_rate(part), 5.0
     model, held = None, ""
     for size, name in ORDER:

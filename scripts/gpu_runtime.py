@@ -16,13 +16,16 @@ from torch.nn import functional as F
 
 from model import GPT2, GPT2Config
 from optim import create_optimizer
+from optim.symmetric import WAYS, use
 from runtime.attention import attention, measure
 from runtime.config import AUTO, schedule
 from runtime.device import DTYPES, Device
 from runtime.micro_batch import CPU_TOKENS, fits
+from runtime.symmetric import works
 from scripts.gpu_invariants import (
     TINY,
     SameBatch,
+    compiled_equals,
     compiling_nothing,
     configuration,
     full_float32,
@@ -87,6 +90,42 @@ def attention_equals_formula(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda" and set(times) == {"math"}:
         raise AssertionError("no kernel but the plain one works here")
     return {f"{name}_ms": 1e3 * seconds for name, seconds in times.items()}
+
+
+def symmetric_products_equal(device: torch.device) -> dict[str, Any]:
+    """In float64's eyes, of shapes that no tile divides; the kernel's result is symmetric to the
+    last bit. And Muon, compiled, gives with the kernel what it gives without being compiled."""
+    gpu, worst = device.type == "cuda", dict.fromkeys(WAYS, 0.0)
+    if not works("kernel", device):
+        if gpu:
+            raise AssertionError("triton is not installed")
+        del worst["kernel"]
+    rows, cols, many = (600, 1000, 40) if gpu else (50, 80, 4)
+    for dtype, limit in ((torch.bfloat16, 2 * ROUNDING), (torch.float32, 1e-5)):  # sum and result
+        for wide, n, added in ((True, 1, False), (False, 3, True), (True, many, True)):
+            x = torch.randn(n, rows, cols, device=device).to(dtype)
+            x = x if wide else x.mT[:, :-7, 3:]
+            plus = torch.randn(n, x.shape[1], x.shape[1], device=device).to(dtype)
+            given = (x, plus + plus.mT if added else None, -0.5, 2.0)
+            exact = 2 * x.double() @ x.double().mT
+            exact = exact if given[1] is None else exact - 0.5 * given[1].double()
+            for name in worst:
+                way: Any = WAYS[name]
+                with full_float32():
+                    found = [way(*given)]
+                    if gpu:
+                        found.append(torch.compile(way, dynamic=False)(*given))
+                for result in found:
+                    error = ((result - exact).abs().max() / exact.abs().max()).item()
+                    worst[name] = max(worst[name], error / limit)
+                    if not error < limit:
+                        raise AssertionError(f"{name} differs by {error:.1e} in {dtype}")
+                    if name == "kernel" and not torch.equal(result, result.mT):
+                        raise AssertionError(f"the kernel's result is not symmetric in {dtype}")
+    if gpu:
+        with use("kernel"):
+            compiled_equals("muon", device)
+    return {f"{name}_differs": value for name, value in worst.items()}
 
 
 def chunked_loss_equals_plain(device: torch.device) -> dict[str, Any]:

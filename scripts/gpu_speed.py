@@ -108,7 +108,7 @@ def ours(part: Part, setting: Setting, micro: int | None) -> Row:
                 *("--models", f"gpt2_{setting.size}", "--optimizers", setting.optimizer),
                 *("--micro-batches", str(size), "--accumulation", str(count)),
                 *("--compile", str(setting.compile and not part.smoke).lower()),
-                *("--warm-up", "1", "--steps", "1", "--repeat", "3"),
+                *("--warm-up", "1", "--steps", "1", "--repeat", "1" if part.smoke else "3"),
                 *("--device", part.device.type, *toy(part.smoke)),
             ])  # fmt: skip
         rows.append(row)

@@ -18,7 +18,8 @@ COLUMNS = {
         "forward_ms backward_ms optimizer_ms first_step_s start_s ddp fsdp error"
     ),
     "optimizers": (
-        "size optimizer mode ms times_fused floor_ms times_floor of_step state_bytes error"
+        "size optimizer mode ms times_fused floor_ms times_floor of_step state_bytes "
+        "product whole_ms blocks_256 blocks_512 kernel without error"
     ),
     "claims": "claim seconds error",
     "training": (
@@ -61,6 +62,17 @@ def find(rows: Rows, part: str, column: str, **match: Any) -> float | None:
 def speed(column: str, size: str, **match: Any) -> Callable[[Rows], float | None]:
     wanted = {"setting": "ours", "optimizer": "adamw", "compile": True, **match}
     return lambda rows: find(rows, "speed", column, size=size, **wanted)
+
+
+def product(way: str, size: str, name: str) -> Callable[[Rows], float | None]:
+    """Of the size's product whose name begins so."""
+
+    def ratio(rows: Rows) -> float | None:
+        of_size = [r for r in rows.get("optimizers", []) if r["size"] == size]
+        found = (r for r in of_size if r.get("product", "").startswith(name))
+        return next(found, {}).get(way)
+
+    return ratio
 
 
 def update(column: str, size: str, optimizer: str) -> Callable[[Rows], float | None]:
@@ -137,6 +149,9 @@ TARGETS = (
             f"small, {name}, times fused AdamW", limit, False, update("times_fused", "small", name)
         )
         for name, limit in (("adamw", 1.1), ("mars_adamw", 1.7), ("lion", 0.85))
+    ),
+    Target(
+        "large, x x^T by our kernel, times whole", 0.7, False, product("kernel", "large", "x x^T")
     ),
     *(
         Target(

@@ -38,14 +38,15 @@ def train_for_real(part: Part) -> None:
     settings = settings_of(part)
     folder = part.out / "training"
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier check
-    for i, name in enumerate(OPTIMIZERS):
-        limit = (part.left() - DRAW) / (len(OPTIMIZERS) - i)
+    chosen = OPTIMIZERS[-1:] if part.smoke else OPTIMIZERS
+    for i, name in enumerate(chosen):
+        limit = (part.left() - DRAW) / (len(chosen) - i)
         if limit < 2 * START[False] and not part.smoke:
             part.report(optimizer=name, skipped=f"{limit:.0f} s left")
             continue
         with part.attempt(optimizer=name) as row:
             row |= train(folder / name, [f"optim={name}", *settings], limit)
-    runs = [folder / name for name in OPTIMIZERS if (folder / name / FILE_NAME).is_file()]
+    runs = [folder / name for name in chosen if (folder / name / FILE_NAME).is_file()]
     if runs:
         write_csv(folder / "curves.csv", curves(runs))
         part.report(curves=str(folder / "curves.csv"), picture=draw(runs, folder, part.left()))

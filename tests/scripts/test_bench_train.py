@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.device import matmul_flops
+from runtime import device
+from runtime.device import Device, matmul_flops
 from scripts import bench_train
 from scripts.bench_train import COLUMNS, first_step, run
 from scripts.training import PARTS, Stopwatch, Training, configuration, random_corpus
@@ -73,6 +74,26 @@ def test_marks_divide_the_time() -> None:
 def test_the_rate_of_a_matrix_product_is_a_rate() -> None:
     rates = [matmul_flops(torch.device("cpu"), torch.float32, repeat=3) for _ in range(2)]
     assert 1e9 < rates[0] < 1e13 and 0.1 < rates[0] / rates[1] < 10
+
+
+def test_compiled_kernels_go_where_the_configuration_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a case that was not compiled, whose optimizer imports torch's compiler, which
+    names a folder of its own in the environment; but never elsewhere than where the user says."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    def folder(name: str) -> str:
+        overrides = ["train.compile=true", f"train.compile_cache={tmp_path / name}"]
+        Device.choose(configuration(tmp_path, ["train.device=cpu", *overrides]).train)
+        return cache_dir()
+
+    monkeypatch.setenv(device.CACHE, default_cache_dir())
+    monkeypatch.setattr(device, "USERS_CACHE", None)
+    assert [folder(name) for name in ("one", "two")] == [f"{tmp_path}/one", f"{tmp_path}/two"]
+    monkeypatch.setenv(device.CACHE, f"{tmp_path}/users")
+    monkeypatch.setattr(device, "USERS_CACHE", f"{tmp_path}/users")
+    assert folder("three") == f"{tmp_path}/users"
 
 
 @pytest.mark.slow

@@ -48,23 +48,29 @@ def test_smoke(tmp_path: Path) -> None:
     for (_, kind, _, _), row in speed.items():
         figures = FIGURES[kind]
         assert all(row[figure] > 0 for figure in figures), row
-    updates = {(row["size"], row["optimizer"]): row for row in rows["optimizers"]}
+    products = [row for row in rows["optimizers"] if "product" in row]
+    assert [row["size"] for row in products] == ["small"] * 3 + ["large"] * 3
+    for row in products:
+        assert row["whole_ms"] > 0 and row["blocks_256"] > 0, row
+        assert "kernel" in row or row["without"].startswith("kernel: ")
+    updates = {(r["size"], r["optimizer"]): r for r in rows["optimizers"] if "optimizer" in r}
     assert tuple(updates) == gpu_optimizers.ORDER
     assert all(row["times_fused"] > 0 and 0 < row["of_step"] < 1 for row in updates.values())
     assert updates["small", "adamw"]["times_floor"] > 0
     assert {row["claim"] for row in rows["claims"]} == set(claims(["adamw"]))
     assert all("seconds" in row for row in rows["claims"])
     *runs, drawn = rows["training"]
-    assert [row["optimizer"] for row in runs] == list(gpu_training.OPTIMIZERS)
+    assert [row["optimizer"] for row in runs] == ["muon"]
     assert all(row["step"] == 10 and row["val_loss"] < 6.3 for row in runs)
     assert "No module named" in drawn["picture"]
     unknown = [row["what"] for row in check["verdicts"] if row["verdict"] == "not measured"]
-    assert unknown == ["large at a micro-batch of 32 or more, GB"]  # of so much no toy is made
+    assert unknown == [  # of so much no toy is made, and the kernel wants a GPU
+        "large at a micro-batch of 32 or more, GB",
+        "large, x x^T by our kernel, times whole",
+    ]
     document = (tmp_path / "out" / "benchmarks.md").read_text()
     assert all(f"### {name}" in document for name in rows) and "no measurement" in document
-    pictures = gpu_training.draw(
-        [tmp_path / "out" / "training" / name for name in gpu_training.OPTIMIZERS], tmp_path, 60
-    )
+    pictures = gpu_training.draw([tmp_path / "out" / "training" / "muon"], tmp_path, 60)
     assert Path(pictures).is_file(), pictures
     points = (tmp_path / "out" / "training" / "curves.csv").read_text()
     assert "muon,10,640," in points
