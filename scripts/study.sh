@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # The study of docs/results: ten optimizers on a GPT-2 of 0.8 M parameters, one budget, one order of
-# the data; the learning rate of each swept until its optimum lies inside the grid, then three seeds.
+# the data; the learning rate of each swept until its optimum lies inside a grid of factor two, then
+# one of 1.41 around the best, then three seeds.
 #
 #     bash scripts/study.sh                                     the standard library's source, bytes
 #     bash scripts/study.sh runs/study data=text 'data.files=[a.jsonl.xz,book.txt]'
 #
 # The first argument is the folder (runs/study); what follows are settings for all runs. Stopped or
 # killed, the same command continues it. Environment: JOBS, trials at a time (one per CPU core);
-# OPTIMIZERS, some of those below; PYTHON. What it takes: docs/experiments.md.
+# OPTIMIZERS, some of those below; PYTHON. What it takes, and how to publish what comes of it:
+# docs/experiments.md.
 #
 # What is equal for all: model, data and their order, 1,000 updates of 2,048 tokens, warm-up over a
 # tenth, cosine to a tenth, clip at 1, no setting tuned but the learning rate. Second moments have
@@ -24,7 +26,7 @@ python=${PYTHON:-python3}
 jobs=${JOBS:-$(nproc)}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# study OPTIMIZER GRID [SETTINGS...]: sweep, extend, seeds at the best
+# study OPTIMIZER GRID [SETTINGS...]: sweep, extend, refine, seeds at the best
 study() {
     local optimizer=$1 grid=$2
     shift 2
@@ -34,7 +36,7 @@ study() {
     echo "== $optimizer"
     "$python" -m scripts.sweep "$out/$optimizer" +experiment=study/_base \
         "optim=$optimizer" "optim.lr=$grid" "$@" "${settings[@]}" \
-        --extend optim.lr --then seed=2,3 --jobs "$jobs"
+        --extend optim.lr --refine 1 --then seed=2,3 --jobs "$jobs"
 }
 
 adamw='optim.groups.others.betas=[0.9,0.99]'

@@ -1,9 +1,10 @@
 """A sweep whose trials are commands of their own: on several GPUs each, or side by side.
 
-A grid, one trial after another; beyond its edges as far as needed, then more seeds at the best:
+A grid, one trial after another; beyond its edges as far as needed, finer around the best, then more
+seeds there:
 
     python -m scripts.sweep runs/lr +sweep=lr_adamw
-    python -m scripts.sweep runs/lr +sweep=lr_adamw --extend optim.lr --then seed=2,3
+    python -m scripts.sweep runs/lr +sweep=lr_adamw --extend optim.lr --refine 1 --then seed=2,3
 
 Eight GPUs, two per trial, four at a time; a search by Optuna; trials through Slurm:
 
@@ -48,6 +49,10 @@ from scripts.sweep_plan import Grid, Journal, Trial, listed, split_overrides
 DIVERGED = re.compile(r"is (nan|inf|-inf) at step")
 TRIES = 3  # starts of a trial that something kills (memory, a node)
 POLL = 0.2  # seconds
+REFINE = (
+    "N times, once KEY's best value lies inside the grid: the values halfway (geometric means) "
+    "between it and its neighbours; 1 makes a factor of 2 one of 1.41, 2 of 1.19"
+)
 
 
 class Plan(Protocol):
@@ -273,6 +278,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--search", type=int, metavar="N", help="N trials by Optuna, the hopeless ones stopped")
     add("--extend", metavar="KEY", help="go beyond the grid while KEY's best value is at its edge")
     add("--limit", type=int, default=6, help="values that --extend adds at most (6)")
+    add("--refine", type=int, default=0, metavar="N", help=REFINE)
     add("--then", action="append", default=[], help="at the best value: seed=2,3")
     add("--jobs", type=int, help="trials at a time (1, or what the GPUs allow)")
     add("--gpus", help="0,1,2,3 or all: divided among the trials")
@@ -302,6 +308,8 @@ def sweep(args: argparse.Namespace) -> int:
     with lock(args.folder):
         journal = Journal(args.folder / "trials.jsonl")
         if args.search:
+            if args.extend or args.refine or args.then:
+                raise ValueError("--extend, --refine and --then need a grid, --search has none")
             plan: Plan = search(args.folder, swept, args.search, journal)
         else:
             plan = planned = grid(args, listed(swept), journal)
@@ -329,13 +337,22 @@ def search(*arguments: Any) -> Plan:
 
 
 def grid(args: argparse.Namespace, values: dict[str, list[str]], journal: Journal) -> Grid:
+    """The plan of a grid. ValueError for options that do not fit together."""
     then = listed(split_overrides(args.then)[1])
     then |= {k: [v] for k, _, v in (o.partition("=") for o in split_overrides(args.then)[0])}
     if args.extend and args.extend not in values:
         raise ValueError(f"--extend={args.extend} is not swept over: {', '.join(values)} are")
     if then and not args.extend:
         raise ValueError("--then needs --extend KEY: the key whose best value it takes")
-    return Grid(values, journal, args.extend, args.limit, then)
+    if args.refine and not args.extend:
+        raise ValueError("--refine needs --extend KEY: the key whose grid it refines")
+    if args.refine < 0:
+        raise ValueError(f"--refine={args.refine}: expected how many times to refine, 0 or more")
+    try:
+        list(map(float, values[args.extend] if args.extend else ()))
+    except ValueError as error:
+        raise ValueError(f"--extend={args.extend}: {error}; expected numbers") from None
+    return Grid(values, journal, args.extend, args.limit, then, args.refine)
 
 
 def result(folder: Path, journal: Journal, best: Sequence[Trial]) -> dict[str, Any]:

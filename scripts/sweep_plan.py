@@ -115,7 +115,8 @@ def listed(swept: Mapping[str, Override]) -> dict[str, list[str]]:
 @dataclass
 class Grid:
     """Every combination of the values; then, where the best value of ``extend`` lies at an edge,
-    the next one beyond it, until it does not; then ``then`` at the best value of each.
+    the next one beyond it, until it does not; then, ``refine`` times, the values halfway to its
+    neighbours; then ``then`` at the best value of each.
 
     Losses are means over seeds; a trial that did not finish counts as infinitely bad.
     """
@@ -123,8 +124,9 @@ class Grid:
     values: dict[str, list[str]]
     journal: Journal
     extend: str | None = None
-    limit: int = 6  # values added at most
+    limit: int = 6  # values added beyond the edges at most
     then: dict[str, list[str]] = field(default_factory=dict)
+    refine: int = 0
     out: set[str] = field(default_factory=set)  # names of trials that have been given out
 
     def next(self) -> Trial | None:
@@ -136,7 +138,8 @@ class Grid:
         return None
 
     def total(self) -> int:
-        return len({candidate.name for candidate in self.wanted()})
+        """With those that ended before and are not asked for now."""
+        return len({candidate.name for candidate in self.wanted()} | set(self.journal.ended))
 
     def hopeless(self, trial: Trial, folder: Path) -> bool:
         return False
@@ -148,9 +151,9 @@ class Grid:
         """All trials that are known to be wanted, given what has ended."""
         yield from (trial(values) for values in product(self.values))
         for rest in product(self._others()):
-            yield from self._refined(rest)
+            yield from self._followed(rest)
 
-    def _refined(self, rest: Values) -> Iterator[Trial]:
+    def _followed(self, rest: Values) -> Iterator[Trial]:
         missing, best = self._optimum(rest)
         yield from missing
         yield from () if best is None else self._more_of(best)
@@ -160,18 +163,21 @@ class Grid:
         if self.extend is None:
             return [], None
         points = sorted(self.values[self.extend], key=float)
-        most = len(points) + self.limit
+        most, left = len(points) + self.limit, self.refine
         while True:
             cells = {point: list(self._seeds({**rest, self.extend: point})) for point in points}
             missing = [t for ts in cells.values() for t in ts if t.name not in self.journal.ended]
             if missing:
                 return missing, None
             losses = [self._mean(cells[point]) for point in points]
-            new = beyond(points, losses) if len(points) < most else None
-            if new is None:
+            if (outside := beyond(points, losses)) is not None:
+                new = [outside] if len(points) < most else []
+            else:  # from here on the best lies inside, whatever the new values bring
+                new, left = around(points, losses) if left > 0 else [], left - 1
+            if not new:
                 best = points[losses.index(min(losses))]
                 return [], {**rest, self.extend: best} if min(losses) < math.inf else None
-            points = sorted([*points, new], key=float)
+            points = sorted([*points, *new], key=float)
 
     def _more_of(self, best: Values) -> Iterator[Trial]:
         for extra in product(self.then) if self.then else ():
@@ -207,10 +213,36 @@ def product(values: Mapping[str, Sequence[str]]) -> Iterator[Values]:
 
 
 def beyond(points: Sequence[str], losses: Sequence[float]) -> str | None:
-    """The next value of a sorted, geometric grid on the side where its best lies at the edge; None
-    if it lies inside. Where nothing finished, the next smaller one."""
+    """The next value of a sorted grid on the side where its best lies at the edge: geometric, or
+    arithmetic where one of the last two is not positive. None if the best lies inside, or is zero,
+    where a scale ends. Where nothing finished, the next smaller one."""
     if len(points) < 2:
         return None
     at = losses.index(min(losses)) if min(losses) < math.inf else 0
     neighbor = {0: 1, len(points) - 1: -2}.get(at)
-    return None if neighbor is None else f"{float(points[at]) ** 2 / float(points[neighbor]):.3g}"
+    if neighbor is None or float(points[at]) == 0:
+        return None
+    last, before = float(points[at]), float(points[neighbor])
+    return written(last**2 / before if min(last, before) > 0 else 2 * last - before)
+
+
+def around(points: Sequence[str], losses: Sequence[float]) -> list[str]:
+    """The values halfway between the best of a sorted grid and its neighbours."""
+    at = losses.index(min(losses))
+    near = points[max(at - 1, 0) : at + 2]
+    return [new for a, b in itertools.pairwise(near) if (new := between(a, b)) is not None]
+
+
+def between(low: str, high: str) -> str | None:
+    """The geometric mean, or the arithmetic one where ``low`` is not positive; between integers an
+    integer. None if nothing lies between them that can be written."""
+    a, b = float(low), float(high)
+    middle = math.sqrt(a * b) if a > 0 else (a + b) / 2
+    whole = all(re.fullmatch(r"[+-]?\d+", value) for value in (low, high))
+    new = f"{round(middle)}" if whole else written(middle)
+    return new if a < float(new) < b else None
+
+
+def written(value: float) -> str:
+    """Three significant digits, so that folders have short names: 0.00354, 1410."""
+    return f"{float(f'{value:.3g}'):g}"

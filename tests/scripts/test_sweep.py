@@ -6,7 +6,6 @@ import fcntl
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -17,17 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import forks
 from omegaconf import OmegaConf
 from system import TINY, Command, here
 
 from optim import list_optimizers
 from scripts.compose import CONFIGS, compose_tree
 from scripts.sweep import held, main, slots
-from scripts.sweep_plan import Grid, Journal, Trial, beyond, listed, split_overrides, trial
+from scripts.sweep_plan import (
+    Grid,
+    Journal,
+    Trial,
+    between,
+    beyond,
+    listed,
+    split_overrides,
+    trial,
+)
 
 STAND_IN = f"--command={sys.executable} -IS {Path(__file__).parent / 'trial.py'}"
-forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["scripts.sweep", "scripts.sweep_search"])
 
 
 @pytest.fixture
@@ -76,6 +83,23 @@ def test_beyond_the_edge(losses: list[float], expected: str | None) -> None:
     assert beyond(["1e-3", "2e-3", "4e-3"], losses) == expected
 
 
+def test_scales_with_zero_and_of_integers() -> None:
+    assert beyond(["0", "0.1", "0.2"], [1.0, 2.0, 3.0]) is None  # a scale ends at zero
+    assert beyond(["-1", "0", "1"], [3.0, 2.0, 1.0]) == "2"
+    assert beyond(["1000", "2000", "4000"], [3.0, 2.0, 1.0]) == "8000"  # no 8e+03: a valid integer
+    found = {
+        ("0.0025", "0.005"): "0.00354",
+        ("1e-05", "2e-05"): "1.41e-05",
+        ("0", "0.1"): "0.05",
+        ("-1.0", "0.5"): "-0.25",
+        ("500", "1000"): "707",
+        ("1.0", "2.0"): "1.41",
+        ("1", "2"): None,
+        ("0.101", "0.102"): None,  # three digits have nothing between them
+    }
+    assert {pair: between(*pair) for pair in found} == found
+
+
 def play(grid: Grid, loss: Any) -> list[Trial]:
     """Run a plan without processes: each trial ends at once with ``loss(values)``."""
     given = []
@@ -109,6 +133,41 @@ def test_a_grid_is_extended_until_its_best_lies_inside(tmp_path: Path, optimum: 
     assert (
         play(Grid(values, Journal(journal.path), "optim.lr", 10, {"seed": ["2", "3"]}), loss) == []
     )
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize("optimum", [3.4e-4, 1.3e-3, 2.7e-3, 9e-3])
+def test_refinements_close_in_on_the_optimum(tmp_path: Path, optimum: float, times: int) -> None:
+    """The best value ends within half a step of the optimum, steps being the 2**times-th root of
+    the grid's, diverging neighbours or not; seeds come after, there."""
+
+    def loss(values: dict[str, str]) -> float:
+        lr = float(values["optim.lr"])
+        return math.inf if lr > 1.3 * optimum else math.log(lr / optimum) ** 2
+
+    def plan(file: str, refine: int) -> Grid:
+        values = {"optim.lr": ["0.001", "0.002", "0.004"]}
+        return Grid(values, Journal(tmp_path / file), "optim.lr", 10, {"seed": ["2"]}, refine)
+
+    given = play(plan("once", times), loss)
+    assert given[-1].values[1:] == (("seed", "2"),) and all(len(t.values) == 1 for t in given[:-1])
+    tried = sorted(float(t.values[0][1]) for t in given[:-1])
+    best = float(given[-1].values[0][1])
+    step = 2 ** (0.5**times)
+    below, above = tried[tried.index(best) - 1], tried[tried.index(best) + 1]
+    assert best / below == pytest.approx(step, rel=0.02)
+    assert above / best == pytest.approx(step, rel=0.02)
+    assert optimum / step**0.5 < best * 1.02 and best < 1.02 * optimum * step**0.5
+
+    # asked for later, it runs what is missing, whatever had been run
+    first = play(plan("later", 0), loss)
+    again = plan("later", times)
+    second = play(again, loss)
+    assert not {t.name for t in first} & {t.name for t in second}
+    assert {t.name for t in given} <= {t.name for t in [*first, *second]}
+    assert again.best() == plan("once", times).best()
+    assert again.total() == len(first) + len(second)
+    assert play(plan("later", times), loss) == []
 
 
 def test_losses_are_means_over_seeds_and_each_optimizer_has_its_own_optimum(tmp_path: Path) -> None:
@@ -189,6 +248,10 @@ def test_mistakes_end_in_one_line_before_the_first_trial(
         ("optim.lr=0.01,0.02", "--extend=seed"): "--extend=seed is not swept over",
         ("optim.lr=interval(0,1)",): "add --search N",
         ("optim.lr=0.01,0.02", "--gpus=0", "--nproc=2"): "fewer than the --nproc=2",
+        ("optim.lr=0.01,0.02", "--refine=1"): "--refine needs --extend KEY",
+        ("optim.lr=0.01,0.02", "--extend=optim.lr", "--refine=-1"): "0 or more",
+        ("optim=adamw,lion", "--extend=optim"): "'adamw'; expected numbers",
+        ("optim.lr=0.01,0.02", "--search=2", "--refine=1"): "--search has none",
     }
     for arguments, expected in wrong.items():
         assert main(["sweep", STAND_IN, *arguments]) == 1
@@ -201,8 +264,9 @@ def test_mistakes_end_in_one_line_before_the_first_trial(
 
 
 GRID = ["sweep", STAND_IN, "optim.lr=0.01,0.02,0.04,0.5", "seed=1,2", "train.steps=12", "--jobs=2"]
-GRID += ["--extend=optim.lr", "--then=seed=3"]
-FINISHED = 2 * 4 + 1  # 0.01, 0.02, 0.04 and 0.005, which the best at the edge asks for; seed 3
+GRID += ["--extend=optim.lr", "--refine=1", "--then=seed=3"]
+# 0.01, 0.02, 0.04; 0.005, which the best at the edge asks for; 0.00707 and 0.0141; seed 3
+FINISHED = 2 * 6 + 1
 
 
 def begin(arguments: list[str]) -> Any:
@@ -231,6 +295,20 @@ def test_sigkill_again_and_again(ledger: Path) -> None:
     best = Path("sweep/best_runs.txt").read_text().split()
     assert best == [f"sweep/lr-0.01_seed-{seed}" for seed in (1, 2, 3)]
     assert all(found[Path(run).name]["status"] == "finished" for run in best)
+
+
+def test_a_finished_sweep_is_refined_in_its_folder(ledger: Path) -> None:
+    arguments = ["sweep", STAND_IN, "optim.lr=0.008,0.016,0.032", "--extend=optim.lr"]
+    arguments += ["--then=seed=2", "--jobs=2"]
+    assert main(arguments) == 0
+    first = set(ledger.read_text().split())
+    assert first == {"lr-0.008", "lr-0.016", "lr-0.032", "lr-0.004", "lr-0.008_seed-2"}
+    assert main([*arguments, "--refine=1"]) == 0
+    done = Counter(ledger.read_text().split())
+    assert set(done) - first == {"lr-0.00566", "lr-0.0113", "lr-0.0113_seed-2"}
+    assert set(done.values()) == {1}
+    best = Path("sweep/best_runs.txt").read_text().split()
+    assert best == ["sweep/lr-0.0113", "sweep/lr-0.0113_seed-2"]
 
 
 def test_a_signal_stops_the_trials_which_then_go_on(ledger: Path) -> None:
