@@ -111,6 +111,7 @@ class Record:
             self.say(f"run {run.dir}: continuing at step {step}")
         else:
             self._say_header(optimizer)
+        self._say_layout(optimizer)
         if bigram is not None:
             self.say(
                 f"mark  a byte-bigram model: {bigram:.4f} bits per byte of this validation text"
@@ -124,8 +125,13 @@ class Record:
         self.say(
             f"model {model.num_parameters():,} parameters; {flops.palm:,} FLOPs per token "
             f"(PaLM's count; {flops.causal:,} with causal attention)\n"
-            f"data  {self.corpus}\n"
-            f"batch {batch_arithmetic(config, self.context, self.processes.size)}\n"
+            f"data  {self.corpus}"
+        )
+
+    def _say_layout(self, optimizer: Optimizer) -> None:
+        """What a continued run may do otherwise than it began."""
+        self.say(
+            f"batch {batch_arithmetic(self.config, self.context, self.processes.size)}\n"
             f"on    {self.device.name}, {self.device.precision}, "
             f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
             + (f"\nsplit {optimizer.sharing}" if self.processes.size > 1 else "")
