@@ -98,9 +98,9 @@ def evaluate(
 
     lm = HarnessModel(model, tokenizer, device, processes, batch_tokens)
     with quiet_lm_eval():
-        manager = TaskManager(
-            include_path=include_path
-        )  # seconds: it reads every task file of lm_eval
+        # reading every task file of lm_eval takes seconds: only names need them
+        names = any(isinstance(task, str) for task in tasks)
+        manager = TaskManager(include_path=include_path, include_defaults=names)
         for task in tasks:
             if isinstance(task, str) and not manager.match_tasks([task]):
                 raise ValueError(

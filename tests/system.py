@@ -2,18 +2,20 @@
 
 A command runs in one of three ways. `here` runs the file in this process, which saves three seconds
 of imports. `start` runs it in a process forked from one that has the imports behind it, so that it
-can be killed at any moment, many times. `shell` is the real thing.
+can be killed at any moment, many times; `module` does so with the other commands, and waits.
+`shell` is the real thing.
 """
 
 from __future__ import annotations
 
+import gc
 import io
 import json
-import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
@@ -23,10 +25,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import forks
 import torch
+from forks import ROOT
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "train.py"
 
 # A model of 16 thousand parameters, whose step takes milliseconds, and nothing printed or drawn
@@ -49,12 +52,6 @@ TINY = (
 )
 
 Command = tuple[str, ...]
-
-_forks = multiprocessing.get_context("forkserver")
-_LATE = ("_dynamo", "distributed.fsdp", "distributed.checkpoint", "distributed.run")  # of torch
-_forks.set_forkserver_preload(
-    ["train", "safetensors.torch", "optim.divided", *(f"torch.{name}" for name in _LATE)]
-)
 
 
 @dataclass(frozen=True)
@@ -126,20 +123,13 @@ def until(true: Callable[[], bool], alive: Callable[[], bool], timeout: float = 
 
 def start(*overrides: str, output: Path, **environment: str) -> BaseProcess:
     """Start the command in a fork, which takes a tenth of a second; what it says goes to a file."""
-    with patch.dict(os.environ, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}):
-        process = _forks.Process(target=_forked, args=(overrides, output, environment))
-        process.start()
-    return process
+    return forks.start(_forked, overrides, output, environment)
 
 
 def start_agent(*overrides: str, options: Command, output: Path, **environment: str) -> BaseProcess:
     """Start the command as torchrun with ``options`` does, and again when a worker fails, but in
     forks: the agent is torchrun's own, its workers do not import torch anew."""
-    with patch.dict(os.environ, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}):
-        arguments = (overrides, options, output, environment)
-        process = _forks.Process(target=_forked_agent, args=arguments)
-        process.start()
-    return process
+    return forks.start(_forked_agent, overrides, options, output, environment)
 
 
 def _forked_agent(
@@ -159,6 +149,44 @@ def _worker(overrides: Command) -> None:
     sys.exit(_main(overrides))
 
 
+def module(name: str, *words: str, folder: Path, ranks: int = 0, timeout: float = 120) -> Outcome:
+    """How `python -m name words` ends in that folder, run in a fork; with ``ranks`` in so many, as
+    by `torchrun --standalone --nproc_per_node=ranks`."""
+    with tempfile.TemporaryDirectory() as kept:
+        outputs = [Path(kept, stream) for stream in ("out", "err")]
+        process = forks.start(_forked_module, name, words, folder, ranks, outputs)
+        process.join(timeout)
+        if process.exitcode is None:
+            process.terminate()  # which an agent passes on to its workers
+            process.join()
+            raise TimeoutError(f"{name} did not end in {timeout:g} s\n{outputs[1].read_text()}")
+        return Outcome(process.exitcode, *(file.read_text() for file in outputs))
+
+
+def _forked_module(
+    name: str, words: Command, folder: Path, ranks: int, outputs: list[Path]
+) -> None:
+    from torch.distributed import run
+    from torch.distributed.launcher.api import elastic_launch
+
+    os.chdir(folder)
+    for number, file in enumerate(outputs, start=1):  # descriptors: workers write there too
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    if not ranks:
+        _run_module(name, words)
+    options = [f"--nproc_per_node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    config, _, _ = run.config_from_args(run.parse_args([*options, name]))
+    config.start_method = "fork"
+    elastic_launch(config, _run_module)(name, words)
+
+
+def _run_module(name: str, words: Command) -> None:
+    sys.argv = [name, *words]
+    sys.modules.pop(name, None)  # it may be among what the server has imported
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+    sys.exit()
+
+
 def _forked(overrides: Command, output: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
@@ -168,6 +196,7 @@ def _forked(overrides: Command, output: Path, environment: dict[str, str]) -> No
 def _main(overrides: Command) -> int:
     with patch.object(sys, "argv", [str(TRAIN), *overrides]), patch.dict(os.environ):
         os.environ.pop("HYDRA_FULL_ERROR", None)
+        gc.freeze()  # training collects garbage first: a third of a second in all that pytest holds
         try:
             runpy.run_path(str(TRAIN), run_name="__main__")
         except SystemExit as end:

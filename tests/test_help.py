@@ -44,9 +44,11 @@ def test_help_answers_within_three_seconds() -> None:
     """Or, where the machine is slow, in twice the time of importing torch and nothing else: beside
     other programs 1.9 to 2.5 s were seen for that, and 2.9 to 3.9 s in all. Best of three."""
     for _ in range(3):
-        torch = processor_seconds([sys.executable, "-c", "import torch"])
         own = processor_seconds([sys.executable, str(TRAIN), "--help"])
-        if own < max(3, 2 * torch):
+        if own < 3:
+            return
+        torch = processor_seconds([sys.executable, "-c", "import torch"])
+        if own < 2 * torch:
             return
     raise AssertionError(f"--help takes {own:.1f} s of processor time, importing torch {torch:.1f}")
 
@@ -171,13 +173,14 @@ class OnlyTorch:
 sys.meta_path[sys.meta_path.index(PathFinder)] = OnlyTorch()
 import torch
 from model import MODELS, GPT2Config
-from optim import create_optimizer, list_optimizers
+from optim import clip_grad_norm, create_optimizer, list_optimizers
 
 model = MODELS["gpt2"].network(GPT2Config(1, 2, 8, 4, 11))
 tokens = torch.arange(10).reshape(2, 5)
 for name in list_optimizers():
     optimizer = create_optimizer(name, model.named_parameters())
     model(tokens[:, :-1], tokens[:, 1:]).backward()
+    clip_grad_norm(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
 assert all(p.isfinite().all() for p in model.parameters())

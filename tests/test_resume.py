@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from system import (
+    TINY,
     Command,
     assert_same_run,
     checkpoints,
@@ -111,21 +112,26 @@ def test_sigkill_at_many_moments(tiny: Command, tmp_path: Path, optimizer: Comma
     )
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_cleanly_and_loses_nothing(tiny: Command, name: str) -> None:
-    command = (*tiny, "train.steps=150", "train.eval_every=50", "train.checkpoint_every=1000")
-    process = shell(*command, "run.dir=stopped")
-    until(lambda: len(lines(Path("stopped/metrics.jsonl"))) > 10, lambda: process.poll() is None)
-    process.send_signal(getattr(signal, name))
-    outcome = wait(process)
-    stopped = outcome.result["step"]
-    assert outcome.err == ""
-    assert 0 < stopped < 150
-    assert checkpoints(outcome.dir)[-1].name == f"step_{stopped:08d}"
-    assert json.loads(Path("stopped/summary.json").read_text())["stopped_by"] == name
-    assert f"stopped by {name}; the same command continues it" in outcome.out
+def test_a_signal_ends_cleanly_and_loses_nothing(tiny: Command) -> None:
+    """Any number of times."""
+    command = (*tiny, "train.steps=200", "train.eval_every=50", "train.checkpoint_every=1000")
+    stopped = 0
+    for name in ("SIGTERM", "SIGINT"):
+        process = shell(*command, "run.dir=stopped")
+        until(
+            lambda before=stopped: len(lines(Path("stopped/metrics.jsonl"))) > before + 10,
+            lambda process=process: process.poll() is None,
+        )
+        process.send_signal(getattr(signal, name))
+        outcome = wait(process)
+        before, stopped = stopped, outcome.result["step"]
+        assert outcome.err == ""
+        assert before < stopped < 200
+        assert checkpoints(outcome.dir)[-1].name == f"step_{stopped:08d}"
+        assert json.loads(Path("stopped/summary.json").read_text())["stopped_by"] == name
+        assert f"stopped by {name}; the same command continues it" in outcome.out
 
-    assert here(*command, "run.dir=stopped").result["step"] == 150
+    assert here(*command, "run.dir=stopped").result["step"] == 200
     assert_same_run(here(*command, "run.dir=reference").dir, Path("stopped"))
 
 
@@ -158,14 +164,24 @@ def interrupted(command: Command, at: int, run: str) -> Path:
     return folder
 
 
+EIGHT = ("train.checkpoint_every=2", "train.keep_checkpoints=9")  # steps, all checkpoints kept
+
+
 @pytest.fixture
 def eight(tiny: Command) -> Command:
-    """Eight steps, all checkpoints kept."""
-    return (*tiny, "train.checkpoint_every=2", "train.keep_checkpoints=9")
+    return (*tiny, *EIGHT)
 
 
-def test_the_same_command_finds_its_unfinished_run(eight: Command, tmp_path: Path) -> None:
-    reference = here(*eight, "run.dir=reference").dir
+@pytest.fixture(scope="module")
+def reference(corpus: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `eight` gives undisturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "reference"
+    return here(*TINY, *corpus, *EIGHT, f"run.dir={folder}").dir
+
+
+def test_the_same_command_finds_its_unfinished_run(
+    eight: Command, reference: Path, tmp_path: Path
+) -> None:
     for name, run in {
         "mine": "runs/2026-01-01_000000_mine",
         "not_mine": "runs/2026-01-02_000000_not_mine",  # the name merely ends alike
@@ -222,8 +238,9 @@ def test_fewer_steps_than_done_are_refused(eight: Command) -> None:
 
 
 @pytest.mark.parametrize("path", ["source", "source/checkpoints/step_00000004"])
-def test_a_fork_goes_on_from_a_checkpoint_in_a_new_folder(eight: Command, path: str) -> None:
-    reference = here(*eight, "run.dir=reference").dir
+def test_a_fork_goes_on_from_a_checkpoint_in_a_new_folder(
+    eight: Command, reference: Path, path: str
+) -> None:
     interrupted(eight, 4, "source")
     before = sorted(Path("source").rglob("*"))
     fork = here(*eight, f"train.resume={path}", "run.dir=fork").dir
@@ -233,9 +250,8 @@ def test_a_fork_goes_on_from_a_checkpoint_in_a_new_folder(eight: Command, path: 
 
 
 def test_a_fork_killed_before_its_first_checkpoint_starts_from_its_source_again(
-    eight: Command,
+    eight: Command, reference: Path
 ) -> None:
-    reference = here(*eight, "run.dir=reference").dir
     interrupted(eight, 4, "source")
     fork = (*eight, "train.resume=source", "run.dir=fork")
     folder = here(*fork).dir
@@ -291,8 +307,7 @@ def test_a_run_killed_before_its_first_record_starts_again(eight: Command) -> No
     assert tensors(here(*eight, "run.dir=mine").dir) == final
 
 
-def test_half_a_checkpoint_is_never_picked_up(eight: Command) -> None:
-    reference = here(*eight, "run.dir=reference").dir
+def test_half_a_checkpoint_is_never_picked_up(eight: Command, reference: Path) -> None:
     folder = interrupted(eight, 4, "mine")
     newest = folder / "checkpoints/step_00000004"
     shutil.copytree(newest, newest.with_name("step_00000006.tmp"))
@@ -308,8 +323,7 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["tensors.safetensors", "checkpoint.json"])
-def test_a_damaged_checkpoint_is_set_aside(eight: Command, file: str) -> None:
-    reference = here(*eight, "run.dir=reference").dir
+def test_a_damaged_checkpoint_is_set_aside(eight: Command, reference: Path, file: str) -> None:
     folder = interrupted(eight, 6, "mine")
     cut(folder / "checkpoints/step_00000006" / file)
     outcome = here(*eight, "run.dir=mine")

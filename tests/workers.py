@@ -1,28 +1,27 @@
 """Processes that stay: a test of N connected processes costs a fraction of a second, not 5.
 
 `run(n, function, *args)` calls a function of a test module on n processes that are connected by
-gloo, and returns what it returned on each. Importing torch and connecting, some seconds, is paid
-once per n. After a failure the processes may wait for each other in different places: they are
-ended, and the next call starts new ones, so that one failing test fails alone.
+gloo, and returns what it returned on each. Connecting is paid once per n, importing once for all.
+After a failure the processes may wait for each other in different places: they are ended, and the
+next call starts new ones, so that one failing test fails alone.
 """
 
 from __future__ import annotations
 
 import atexit
-import multiprocessing
-import os
+import gc
 import queue
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import forks
+
 START, ANSWER = 120.0, 60.0  # seconds, on a busy machine
 
-_spawn = multiprocessing.get_context("spawn")
 _pools: dict[int, Pool] = {}
 
 
@@ -46,15 +45,13 @@ class Pool:
     def __init__(self, size: int) -> None:
         self.size, self.calls = size, 0
         self.folder = tempfile.TemporaryDirectory()
-        self.tasks = [_spawn.Queue() for _ in range(size)]
-        self.answers = _spawn.Queue()
+        self.tasks = [forks.forks.Queue() for _ in range(size)]
+        self.answers = forks.forks.Queue()
         store = str(Path(self.folder.name) / "store")
-        self.processes: list[BaseProcess] = []
-        for rank in range(size):
-            queues = (self.tasks[rank], self.answers)
-            process = _spawn.Process(target=_work, args=(rank, size, store, *queues), daemon=True)
-            process.start()
-            self.processes.append(process)
+        self.processes = [
+            forks.start(_work, rank, size, store, tasks, self.answers, daemon=True)
+            for rank, tasks in enumerate(self.tasks)
+        ]
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
         for tasks in self.tasks:
@@ -81,7 +78,6 @@ class Pool:
 
 
 def _work(rank: int, size: int, store: str, tasks: Any, answers: Any) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
     import torch.multiprocessing as mp
@@ -93,6 +89,7 @@ def _work(rank: int, size: int, store: str, tasks: Any, answers: Any) -> None:
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size, timeout=limit)
     while True:
         function, args = tasks.get()
+        gc.freeze()  # a run collects garbage first: a fifth of a second in all that torch holds
         try:
             answers.put((rank, function(*args), None))
         except BaseException:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from system import Outcome, module
 
 from data import DataConfig
 from data.corpus import Corpus, open_corpus
@@ -16,7 +15,6 @@ from data.documents import document_lengths
 from data.inspect import decode, lengths_line, plot_lengths, samples, step_text
 from data.tokenizer import get_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"Document {i} says: {'la ' * (i % 7)}end." for i in range(60)]
 
 
@@ -80,21 +78,17 @@ def test_picture(tmp_path: Path, lengths: list[int]) -> None:
     assert (tmp_path / "new" / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "data.inspect", *words, f"picture={folder}/lengths.png"],
-        cwd=ROOT, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+def run(folder: Path, *words: str) -> Outcome:
+    return module("data.inspect", *words, f"picture={folder}/lengths.png", folder=folder)
 
 
 def test_command(config: DataConfig, corpus: Corpus, tmp_path: Path) -> None:
     overrides = ["data=text", f"data.files={config.files}", f"data.cache={config.cache}"]
     overrides.append("data.val_fraction=0.2")
     done = run(tmp_path, *overrides, "samples=2", "sample_tokens=30")
-    assert done.returncode == 0, done.stderr
-    assert f"{len(corpus.train):,} tokens for training" in done.stdout
-    assert "train_00000.bin" in done.stdout and done.stdout.count("\n--- ") == 2
-    last = json.loads(done.stdout.splitlines()[-1])
+    last = done.result
+    assert f"{len(corpus.train):,} tokens for training" in done.out
+    assert "train_00000.bin" in done.out and done.out.count("\n--- ") == 2
     assert last["documents_read"] == corpus.train.documents
     assert last["picture"] == f"{tmp_path}/lengths.png" and Path(last["picture"]).exists()
 
@@ -110,9 +104,8 @@ def test_command_on_a_run(config: DataConfig, corpus: Corpus, tmp_path: Path) ->
         OmegaConf.create({**tree, "train": {"global_batch": 3}}), tmp_path / "config.yaml"
     )
     done = run(tmp_path, f"run={tmp_path}", "step=1234")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     for text in step_text(corpus, 1234, 12, 3, 9):
-        assert text in done.stdout
-    refused = run(tmp_path, f"run={tmp_path}/nowhere", "step=1")
-    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
-    assert refused.stderr.startswith(f"error: {tmp_path}/nowhere/config.yaml not found")
+        assert text in done.out
+    error = run(tmp_path, f"run={tmp_path}/nowhere", "step=1").error
+    assert error.startswith(f"{tmp_path}/nowhere/config.yaml not found")

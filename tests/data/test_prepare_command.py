@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from preparation import content, small_config
+from system import ROOT, Outcome, module
 
 from data import DataConfig
 from data.preparation import prepare
 from data.shards import open_split
 from data.verify import verify
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -25,10 +22,8 @@ def config(tmp_path: Path) -> DataConfig:
     return replace(small_config(tmp_path), dir=str(tmp_path / "out"))
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "data.prepare", *words], cwd=ROOT, capture_output=True, text=True
-    )
+def command(*words: str) -> Outcome:
+    return module("data.prepare", *words, folder=ROOT)
 
 
 def overrides(config: DataConfig) -> list[str]:
@@ -40,31 +35,31 @@ def overrides(config: DataConfig) -> list[str]:
 
 def test_prepare_then_verify(config: DataConfig, tmp_path: Path) -> None:
     good = command(*overrides(config))
-    assert good.returncode == 0, good.stderr
-    result = json.loads(good.stdout.splitlines()[-1])
+    assert good.code == 0, good.err
+    result = json.loads(good.out.splitlines()[-1])
     assert result == {
         "dir": config.dir,
         "train_tokens": len(open_split(tmp_path / "out", "train")),
         "val_tokens": len(open_split(tmp_path / "out", "val")),
     }
-    assert good.stderr == ""  # no progress bar where there is no terminal
+    assert good.err == ""  # no progress bar where there is no terminal
     for words in (overrides(config), [str(config.dir)]):
         verified = command("verify", *words)
-        assert verified.returncode == 0, verified.stderr
-        assert "files are as they were written" in verified.stdout
-        assert json.loads(verified.stdout.splitlines()[-1]) == result
+        assert verified.code == 0, verified.err
+        assert "files are as they were written" in verified.out
+        assert json.loads(verified.out.splitlines()[-1]) == result
 
 
 def test_workers_then_merge(config: DataConfig, tmp_path: Path) -> None:
     early = command("merge", *overrides(config))
-    assert early.returncode == 1 and "no worker has prepared anything yet" in early.stderr
+    assert early.code == 1 and "no worker has prepared anything yet" in early.err
     first = command(*overrides(config), "data.worker=2/2")
-    assert json.loads(first.stdout) == {"dir": None, "worker": "2/2"}
+    assert json.loads(first.out) == {"dir": None, "worker": "2/2"}
     last = command(*overrides(config), "data.worker=1/2")
-    assert json.loads(last.stdout.splitlines()[-1])["dir"] == config.dir
+    assert json.loads(last.out.splitlines()[-1])["dir"] == config.dir
     alone = prepare(replace(config, dir=str(tmp_path / "alone")))
     assert content(tmp_path / "out") == content(alone)
-    assert command("merge", *overrides(config)).returncode == 0  # it is there already
+    assert command("merge", *overrides(config)).code == 0  # it is there already
 
 
 @pytest.mark.parametrize(
@@ -79,8 +74,8 @@ def test_workers_then_merge(config: DataConfig, tmp_path: Path) -> None:
 )
 def test_mistakes_end_in_one_line(words: list[str], message: str) -> None:
     run = command(*words)
-    assert run.returncode == 1 and len(run.stderr.splitlines()) == 1
-    assert re.match(message, run.stderr)
+    assert run.code == 1 and len(run.err.splitlines()) == 1
+    assert re.match(message, run.err)
 
 
 @pytest.mark.parametrize("position", [0, -2])

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from system import ROOT, Command, here
+from system import Command, here, module
 
 from eval.checkpoint import load_model
 from eval.export import Options, run
@@ -106,28 +103,20 @@ def test_samples_are_written_the_same_at_once_or_as_they_come(
 
 @pytest.mark.slow
 def test_the_commands(trained: Path, tmp_path: Path) -> None:
-    def command(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-
     out = tmp_path / "it"
-    done = command("eval.export", f"checkpoint={trained}", f"out={out}")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["dir"] == str(out)
+    exported = module("eval.export", f"checkpoint={trained}", f"out={out}", folder=tmp_path)
+    assert exported.result["dir"] == str(out)
     for source in (trained, out):
-        done = command("eval.generate", f"checkpoint={source}", "prompt=def", "temperature=0")
-        assert done.returncode == 0 and done.stdout.startswith("def"), done.stderr
-    for words in (
+        words = (f"checkpoint={source}", "prompt=def", "temperature=0")
+        done = module("eval.generate", *words, folder=tmp_path)
+        assert done.code == 0 and done.out.startswith("def"), done.err
+    for name, *words in (
         ("eval.export", f"checkpoint={trained}", f"out={out}"),
         ("eval.export", "import"),
         ("eval.generate", "checkpoint=/nowhere"),
         ("eval.generate", f"checkpoint={out}", "top_p=2"),
     ):
-        done = command(*words)
-        assert done.returncode == 1
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert module(name, *words, folder=tmp_path).error
 
 
 @pytest.mark.slow

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lm_eval_tasks import GOLDENS, ROWS, hellaswag, tiny_model
+from system import module
 from torch.nn import functional as F
 from workers import run
 
@@ -30,7 +29,6 @@ from model.huggingface import to_huggingface
 from runtime.config import HellaSwagConfig
 from runtime.processes import Processes
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = open_device("cpu", "fp32")
 FEW = 20
 NUMBERS = {"acc", "acc_norm", "acc_token", "acc_norm_token"}
@@ -173,18 +171,9 @@ def test_any_number_of_processes_gives_the_same(size: int, folder: Path, result:
 
 @pytest.mark.slow
 def test_the_command_under_torchrun(folder: Path, result: Result, tmp_path: Path) -> None:
-    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    words += ["-m", "eval.hellaswag", f"checkpoint={folder}", f"data_file={ROWS}", f"limit={FEW}"]
-    done = subprocess.run(
-        [sys.executable, *words, "out=examples.jsonl", "device=cpu"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == result.metrics
+    words = (f"checkpoint={folder}", f"data_file={ROWS}", f"limit={FEW}", "device=cpu")
+    done = module("eval.hellaswag", *words, "out=examples.jsonl", folder=tmp_path, ranks=2)
+    assert done.result == result.metrics
     lines = (tmp_path / "examples.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == result.examples
 
@@ -285,13 +274,10 @@ def trained(rows: list[dict[str, Any]]) -> GPT2:
     return model.eval()
 
 
-MODELS = {"random": lambda rows: tiny_model(1, context=256), "trained": trained}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("which", MODELS)
-def test_equals_lm_eval_live(which: str, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    """LM_EVAL_ROWS=hellaswag_val.jsonl.xz compares 1,000 rows of that file instead of these 100."""
+def test_equals_lm_eval_live(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    """LM_EVAL_ROWS=hellaswag_val.jsonl.xz compares 1,000 rows of that file instead of these 100. A
+    random model's answers are among the recorded ones."""
     for package in ("lm_eval", "accelerate"):
         pytest.importorskip(package, reason=f"{package} is not installed (requirements-eval.txt)")
     from lm_eval.tasks.hellaswag.utils import preprocess
@@ -303,7 +289,7 @@ def test_equals_lm_eval_live(which: str, tmp_path: Path, rows: list[dict[str, An
         assert clean(text) == preprocess(text)  # also where its own rule leaves spaces behind
     if (file := os.environ.get("LM_EVAL_ROWS")) is not None:
         rows = read_documents(file, "", "", None, "LM_EVAL_ROWS")[::10][:1000]
-    model = MODELS[which](rows)
+    model = trained(rows)
     with quiet_lm_eval():
         theirs = hellaswag(LmEval(model, tmp_path), rows)
     found = HellaSwag(rows, get_tokenizer("gpt2")).evaluate(model, CPU, progress=False)

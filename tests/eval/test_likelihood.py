@@ -3,22 +3,21 @@ forward pass over context and continuation says."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from workers import run
 
 from data.tokenizer import get_tokenizer
 from eval import likelihood
 from eval.checkpoint import open_device
 from eval.likelihood import Question, Scorer, encode_pair
 from model import GPT2, GPT2Config
+from runtime.processes import Processes
 
 CONTEXT, VOCAB = 24, 5003  # more than one part of the head
 CPU = open_device("cpu", "fp32")
@@ -140,47 +139,39 @@ def test_empty_ids_are_refused(model: GPT2, question: Question) -> None:
         Scorer(model, CPU).scores([question])
 
 
-SHARDED = """
-import sys
-sys.path[:0] = sys.argv[1:]
-import torch
-from test_likelihood import CPU, Question, Scorer, make_model
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from runtime.processes import join
+def sharded_scores() -> list[float]:
+    """Largest differences from one process's scores, before a training step and after."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-processes = join()
-questions = [Question([i, 7], [[8], [9, i, 5]]) for i in range(5)]
-whole = Scorer(make_model(), CPU).scores(questions, progress=False)
-model, mesh = make_model(), init_device_mesh("cpu", (processes.size,))
-for block in model.transformer.h:
-    fully_shard(block, mesh=mesh)
-fully_shard(model, mesh=mesh)
-for _ in range(2):  # training goes on in between
-    tokens = torch.arange(8)[None]
-    model(tokens[:, :-1], tokens[:, 1:]).backward()
-    found = Scorer(model, CPU, processes=processes, batch_tokens=20).scores(questions)
-    for ours, theirs in zip(found, whole, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            assert abs(a.loglikelihood - b.loglikelihood) < 1e-4, (a, b)
-processes.leave()
-"""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    processes = Processes(rank, size, rank, 60.0, dist.group.WORLD)
+    questions = [Question([i, 7], [[8], [9, i, 5]]) for i in range(5)]
+    whole = Scorer(make_model(), CPU).scores(questions, progress=False)
+    model, mesh = make_model(), init_device_mesh("cpu", (size,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    differences = []
+    for _ in range(2):  # training goes on in between
+        tokens = torch.arange(8)[None]
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        found = Scorer(model, CPU, processes=processes, batch_tokens=20).scores(questions)
+        differences.append(
+            max(
+                abs(a.loglikelihood - b.loglikelihood)
+                for ours, theirs in zip(found, whole, strict=True)
+                for a, b in zip(ours, theirs, strict=True)
+            )
+        )
+    return differences
 
 
 @pytest.mark.slow
-def test_sharded_parameters(tmp_path: Path) -> None:
+def test_sharded_parameters() -> None:
     """FSDP2 on two processes, which share five questions unequally."""
-    (tmp_path / "job.py").write_text(SHARDED)
-    here = Path(__file__).resolve().parent
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(tmp_path / "job.py"), str(here.parents[1]), str(here)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    for differences in run(2, sharded_scores):
+        assert len(differences) == 2 and max(differences) < 1e-4
 
 
 @pytest.mark.slow

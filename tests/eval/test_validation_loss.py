@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from system import Command, here
+from system import Command, here, module
 from torch.nn import functional as F
 
 from data import DataConfig
@@ -27,7 +24,6 @@ from model.document_mask import WithDocuments
 from runtime.processes import Processes
 
 CONTEXT = 16
-ROOT = Path(__file__).resolve().parents[2]
 CPU = open_device("cpu", "fp32")
 
 
@@ -142,19 +138,12 @@ def test_of_a_run_is_what_the_run_said(
 
 @pytest.mark.slow
 def test_any_number_of_processes_gives_the_same(trained: tuple[Path, float]) -> None:
+    words = (f"checkpoint={trained[0]}", "device=cpu", "rows=2")
     printed = set()
     for processes in (1, 2):
-        launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-        words = ["-m", "eval.loss", f"checkpoint={trained[0]}", "device=cpu", "rows=2"]
-        done = subprocess.run(
-            [sys.executable, *launch, *words],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        printed.add(done.stdout.splitlines()[-1])
+        done = module("eval.loss", *words, folder=Path.cwd(), ranks=processes)
+        assert done.code == 0, done.err
+        printed.add(done.out.splitlines()[-1])
     assert len(printed) == 1
 
 

@@ -92,7 +92,15 @@ def test_published_sizes_at_two_layers(tmp_path: Path, heads: int, width: int) -
         torch.testing.assert_close(friend(tokens).logits, model(tokens), rtol=0, atol=1e-4)
     text = friend.generate(tokens[:, :8], do_sample=False, max_new_tokens=8, eos_token_id=None)
     assert torch.equal(generate(model, tokens[:, :8], 8, temperature=0), text)
-    friend.save_pretrained(tmp_path / "theirs", max_shard_size="100MB")  # in several files
+
+
+@pytest.mark.slow
+def test_theirs_in_several_files_comes_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(2, 12, 768, 1024, 50257, vocab_multiple=64))
+    friend = theirs(export(model, tmp_path / "it"))
+    friend.save_pretrained(tmp_path / "theirs", max_shard_size="100MB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
     back = from_huggingface(tmp_path / "theirs", vocab_multiple=64)
     for name, tensor in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name

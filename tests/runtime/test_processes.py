@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from system import module
 from workers import run
 
 from runtime.guard import Guard, is_consequence
@@ -119,9 +120,8 @@ def test_death_hang_and_error(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_rank_0_cannot_decide_is_told_once(tmp_path: Path) -> None:
-    code, out = torchrun("undecided", tmp_path)
-    assert code == 1
-    assert out.count("error: a mistake that all processes find") == 1
-    assert "Traceback" not in out[: out.index("ChildFailedError")].replace(
-        'Traceback (most recent call last):\n  File "<frozen runpy>"', ""
-    )
+    outcome = module("job", "undecided", str(tmp_path), folder=tmp_path, ranks=2)
+    assert outcome.code == 1
+    assert outcome.err.count("error: a mistake that all processes find") == 1
+    assert "job.py" not in outcome.err, "a process has shown where it failed"
+    assert "ChildFailedError" in outcome.err

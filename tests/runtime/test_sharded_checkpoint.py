@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import re
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -212,14 +212,11 @@ def write_forever(rank: int, size: int, store: str, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_kill_while_writing_leaves_whole_checkpoints(tmp_path: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
     delays = random.Random(0)
     for attempt in range(3):
         folder = tmp_path / str(attempt)
         args = [(rank, 2, str(tmp_path / f"store{attempt}"), folder) for rank in range(2)]
-        writers = [spawn.Process(target=write_forever, args=a, daemon=True) for a in args]
-        for writer in writers:
-            writer.start()
+        writers = [forks.start(write_forever, *a, daemon=True) for a in args]
         end = time.monotonic() + 60
         while len(list(folder.glob("step_*[0-9]"))) < 2 and time.monotonic() < end:
             time.sleep(0.01)
