@@ -53,16 +53,9 @@ FP32 = dict.fromkeys(
 )
 EXACT = tuple(f"exact_{name}" for name in ("mars_adamw", "mars_lion", "mars_m"))
 ALL = (*list_optimizers(), *EXACT)
-# (parallel=, processes, micro-batch), against one process with micro-batches of 2. Those of one
-# process are wrapped.
-LAYOUTS = (
-    ("ddp", 1, 2),
-    ("fsdp", 1, 2),
-    ("ddp", 2, 2),
-    ("fsdp", 2, 1),
-    ("ddp", 4, 1),
-    ("fsdp", 4, 1),
-)
+# (parallel=, processes, micro-batch), against one process with micro-batches of 2
+LAYOUTS = (("ddp", 2, 2), ("fsdp", 2, 2), ("ddp", 4, 1), ("fsdp", 4, 1))
+WRAPPED = (("ddp", 1, 2), ("fsdp", 1, 2))
 TOLERANCE = 1e-6  # measured: 1e-7 to 3e-7, where a rule does not amplify
 NOISE, DRAWS = 1e-7, 8  # drawn as long as they do not explain what was found: signs turn rarely
 # Another micro-batch changes the gradients by 1.2e-7 to 2.1e-7 (the norm of a tensor's difference
@@ -202,14 +195,20 @@ def assert_same(name: str, model: Command, layouts: tuple[tuple[str, int, int], 
             assert all(torch.equal(curve.weights[n], w) for n, w in curves[0].weights.items())
         together = {key: shape for curve in curves for key, shape in curve.state.items()}
         assert together == alone.state, where
-        if size == 1:  # wrapping alone changes no bit
+        if size == 1:  # wrapping changes no bit
             assert torch.equal(curves[0].losses, alone.losses), where
             assert all(torch.equal(curves[0].weights[n], w) for n, w in alone.weights.items())
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "soap", "exact_mars_adamw"])
 def test_two_processes_draw_the_curve_of_one(name: str) -> None:
-    assert_same(name, ODD, tuple(layout for layout in LAYOUTS if layout[1] == 2))
+    assert_same(name, ODD, (("ddp", 2, 2), ("fsdp", 2, 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "came", "muon", "soap", "exact_mars_adamw"])
+def test_a_wrapper_around_one_process_changes_no_bit(name: str) -> None:
+    assert_same(name, NANO, WRAPPED)
 
 
 @pytest.mark.slow
@@ -221,7 +220,7 @@ def test_two_replicas_of_two_shards_draw_the_curve_of_one(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "came", "lamb", "muon", "shampoo", "dion"])
 def test_four_processes_divide_what_cannot_be_divided_evenly(name: str) -> None:
-    assert_same(name, ODD, tuple(layout for layout in LAYOUTS if layout[1] == 4))
+    assert_same(name, ODD, LAYOUTS[2:])
 
 
 @pytest.mark.slow
