@@ -35,6 +35,7 @@ from data.progress import progress
 from eval.loss import Validation
 from report.tables import write_csv
 from runtime.describe import aligned
+from runtime.kernels import kernels
 from scripts.training import Training, configuration
 
 SETTINGS = (
@@ -63,7 +64,8 @@ def train(overrides: Sequence[str], seed: int, steps: int, perturbed: bool = Fal
         training = Training(config, corpus)
         if perturbed:
             perturb(training.model, seed)
-        losses = [training.step().losses.mean().item() for _ in range(steps)]
+        with kernels(config.train):
+            losses = [training.step().losses.mean().item() for _ in range(steps)]
         rows = len(training.loader.batch(0))
         validation = Validation(corpus.val, training.shape.context, config.train.eval_tokens, rows)
         val_loss = validation.loss(training.model, training.device)

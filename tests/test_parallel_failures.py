@@ -135,7 +135,7 @@ def test_a_lost_machine_that_returns(tiny: Command, tmp_path: Path) -> None:
         return [cut or "alone" for cut in cuts]
 
     first, second = machine(1), machine(2)
-    until(lambda: lines(folder) > 10, first.is_alive)
+    until(lambda: lines(folder) > 10 and len(checkpoints(folder)) > 1, first.is_alive)
     for pid in (*workers_of(second), second.pid):
         os.kill(pid or 0, signal.SIGKILL)
     second.join()
