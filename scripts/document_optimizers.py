@@ -21,12 +21,12 @@ from omegaconf import OmegaConf
 from model import GPT2, GPT2Config
 from optim import correction, create_optimizer, list_optimizers, mask
 from optim.rules import modules, rules
+from scripts.pages import markdown, renewed
 from tests import test_golden_optimizers as goldens
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "optimizers.md"
 COSTS = ROOT / "docs" / "optimizer_costs.csv"
-BEGIN, END = "<!-- generated: python -m scripts.document_optimizers -->", "<!-- end -->"
 GPT2_SMALL = GPT2Config(n_layer=12, n_head=12, n_embd=768, context=1024, vocab_size=50257)
 # percent: coarse, so that another machine's rounding is the same
 RUNGS = (1, 2, 5, 10, 25, 50, 100)
@@ -39,9 +39,7 @@ def main() -> None:
 
 def document(page: str) -> str:
     """The page with its generated part renewed."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{generated()}\n{END}{after}"
+    return renewed(page, "document_optimizers", generated())
 
 
 def generated() -> str:
@@ -50,16 +48,16 @@ def generated() -> str:
     costs = read_costs()
     columns = ["optimizer", "lr", "state, bytes per parameter", "worst error / tolerance"]
     columns += ["step, eager", "step, compiled"]
-    rows = [columns, ["---"] * len(columns)]
+    rows = [columns]
     for name in settings:
         cells = [f"[{name}](#{name})", f"{settings[name]['lr']:g}"]
         cells += [f"{state_bytes(settings[name]):.2f}", parity(errors.get(name, {}))]
         rows.append(cells + [costs.get((name, mode), "") for mode in ("eager", "compiled")])
-    parts = ["\n".join(f"| {' | '.join(row)} |" for row in rows)]
+    parts = [markdown(rows)]
     parts += [section(name, settings[name], errors.get(name, {})) for name in settings]
     for name, module in (("correction: MARS", correction), ("mask: cautious", mask)):
         parts.append(f"## {name}\n\n{prose(module.__doc__)}")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 # ---- what is known of an optimizer --------------------------------------------------------------

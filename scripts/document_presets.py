@@ -14,9 +14,9 @@ import torch
 from model import MODELS
 from runtime.config import Config, model_config
 from scripts.compose import CONFIGS, ROOT, compose_config
+from scripts.pages import markdown, renewed
 
 PAGE = ROOT / "docs" / "experiments.md"
-BEGIN, END = "<!-- generated: python -m scripts.document_presets -->", "<!-- end -->"
 GPT2_VOCAB = 50257
 SIZES = ("small", "medium", "large")
 
@@ -41,9 +41,7 @@ def config_of(preset: str) -> Config:
 
 def document(page: str) -> str:
     """The page with its generated part renewed."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{papers()}\n\n{clean()}\n\n{END}{after}"
+    return renewed(page, "document_presets", f"{papers()}\n\n{clean()}")
 
 
 def papers() -> str:
@@ -52,7 +50,7 @@ def papers() -> str:
     for name in presets():
         if not name.startswith("clean/"):
             rows.append([f"`{name}`", *cells(name)])
-    return "### The papers' runs\n\n" + table(rows)
+    return "### The papers' runs\n\n" + markdown(rows)
 
 
 def cells(name: str) -> list[str]:
@@ -90,7 +88,7 @@ def clean() -> str:
         f"{size} {c.train.steps * c.train.global_batch * c.model['context'] / 1e9:.2f} B"
         for size, c in ((size, found["adamw"][size]) for size in SIZES)
     )
-    return f"### The clean comparison\n\nTokens: {budget}.\n\n" + table(rows)
+    return f"### The clean comparison\n\nTokens: {budget}.\n\n" + markdown(rows)
 
 
 def sources(optimizer: str) -> str:
@@ -113,11 +111,6 @@ def parameters(config: Config) -> int:
     with torch.device("meta"):
         model = MODELS[config.model["name"]].network(model_config(config, GPT2_VOCAB))
     return sum(p.numel() for p in model.parameters())
-
-
-def table(rows: list[list[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from optim.division import Division
 from optim.rules import build_rule
 from optim.sharding import Table
 from optim.transport import Transport
+from scripts.pages import markdown, renewed
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "distributed.md"
-BEGIN, END = "<!-- generated: python -m scripts.plan_parallel -->", "<!-- end -->"
 MODELS = ("gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_xl")
 GPUS = 8
 SIZES = (2, 4, 8)  # numbers of processes
@@ -69,8 +69,7 @@ def main() -> None:
 
 def document(page: str) -> str:
     """The page with its generated part renewed."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{generated()}\n{END}{rest.split(END)[1]}"
+    return renewed(page, "plan_parallel", generated())
 
 
 def generated() -> str:
@@ -78,7 +77,7 @@ def generated() -> str:
     kinds: dict[str, list[str]] = {}
     for name, given in every.items():
         kinds.setdefault(granularities(given), []).append(name)
-    return "\n\n".join([messages(kinds), memory(every)]) + "\n"
+    return "\n\n".join([messages(kinds), memory(every)])
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -102,7 +101,7 @@ def messages(kinds: Mapping[str, Sequence[str]]) -> str:
         parts = kind.split(", ")
         cells = (". ".join(f"{p}: {table[p]}" for p in parts) for table in (DDP, FSDP, HSDP))
         rows.append((", ".join(names), kind, *cells))
-    return table(rows)
+    return markdown(rows)
 
 
 def memory(every: Mapping[str, dict[str, Any]]) -> str:
@@ -118,7 +117,7 @@ def memory(every: Mapping[str, dict[str, Any]]) -> str:
             parts = (own + state, own + state / GPUS, (own + state) / GPUS)
             cells.append(" / ".join(f"{gb:.1f}" for gb in parts))
         rows.append((name, *cells))
-    return table(rows)
+    return markdown(rows)
 
 
 def shares(model: GPT2, every: Mapping[str, dict[str, Any]]) -> str:
@@ -136,7 +135,7 @@ def shares(model: GPT2, every: Mapping[str, dict[str, Any]]) -> str:
             )
             cells.append(f"{most * n / whole:.2f} / {divisions[0].balance:.2f}")
         rows.append((name, f"{whole / 1e6:.1f}", *cells))
-    return table(rows)
+    return markdown(rows)
 
 
 def state_bytes(optimizer: Optimizer) -> int:
@@ -151,11 +150,6 @@ def shapes(name: str) -> GPT2:
     fields["vocab_size"] = fields.get("vocab_size") or 50257
     with torch.device("meta"):
         return GPT2(GPT2Config(**fields))
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
 if __name__ == "__main__":

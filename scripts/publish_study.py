@@ -40,6 +40,7 @@ from report.runs import CONFIG, ENVIRONMENT, SUMMARY, TRAJECTORY, VAL, find_runs
 from runtime.config import flatten
 from runtime.files import atomic_write_text
 from runtime.metrics import FILE_NAME
+from scripts.pages import END, around, begin, markdown
 
 TEXTS = (CONFIG, FILE_NAME, SUMMARY, TRAJECTORY, ENVIRONMENT)
 SWEEP, JOURNAL, BEST = "sweep.json", "trials.jsonl", "best_runs.txt"
@@ -52,10 +53,10 @@ SHOWN = {
         "loss_val_tokens.png": "loss.png",
     },
 }
-BEGIN, END = "<!-- generated: python -m scripts.publish_study -->", "<!-- end -->"
+SCRIPT = "publish_study"
 PAGE = f"""# A study of optimizers
 
-{BEGIN}
+{begin(SCRIPT)}
 {END}
 
 Final validation loss in nats per token, mean over seeds with its 95 % interval; p adjusted by
@@ -80,8 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.study.resolve() != (args.out / "runs").resolve():
             copy(args.study, args.out / "runs")
         analyse(args.out)
-        text = f"{before}{BEGIN}\n\n{table(args.out)}\n\n{END}{after}"
-        atomic_write_text(args.out / "README.md", text)
+        atomic_write_text(args.out / "README.md", f"{before}{table(args.out)}{after}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -183,12 +183,10 @@ def analyse(out: Path) -> None:
 
 def read_page(file: Path) -> tuple[str, str]:
     """What stands before and after the table of a page, of a new one if there is none."""
-    page = file.read_text() if file.exists() else PAGE
-    before, begins, rest = page.partition(BEGIN)
-    _, ends, after = rest.partition(END)
-    if not begins or not ends:
-        raise ValueError(f"{file}: expected the lines {BEGIN} and {END} around its table")
-    return before, after
+    try:
+        return around(file.read_text() if file.exists() else PAGE, SCRIPT)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def table(out: Path) -> str:
@@ -215,7 +213,7 @@ def table(out: Path) -> str:
                 "1" if itself else estimate(row, "token_speedup", ".2f") or "not reached",
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * 7, *rows[1:]])
+    return markdown(rows)
 
 
 def estimate(row: Mapping[str, str], name: str, form: str) -> str:
