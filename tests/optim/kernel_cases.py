@@ -58,8 +58,8 @@ def interpreted() -> None:
 
 
 def compiled() -> None:
-    """Triton makes of it the machine code of GPUs with bfloat16, within their shared memory and
-    with their tensor cores; and torch's compiler sees that it writes its result and nothing else."""
+    """Triton makes of it the machine code of GPUs with bfloat16, within their shared memory, with
+    tensor cores; and torch's compiler sees that it writes its result and nothing else."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
     from torch.fx.experimental.proxy_tensor import make_fx
