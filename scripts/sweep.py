@@ -112,8 +112,8 @@ class Sweep:
                         bar.write(self._told(running.trial))
 
     def _start(self, running: Running) -> None:
-        if held(running.folder):  # it outlived the sweep that began it
-            return
+        if held(running.folder) or self._summary(running)["finished"]:
+            return  # it outlived the sweep that began it
         running.tries += 1
         command = [*self.command, *running.trial.overrides, f"run.dir={quoted(running.folder)}"]
         with (self.folder / "logs" / f"{running.trial.name}.log").open("ab") as log:
@@ -164,9 +164,12 @@ class Sweep:
         self.journal.add(running.trial, status=status, exit_code=code, error=error)
         return True
 
-    def _finished(self, running: Running) -> bool:
+    def _summary(self, running: Running) -> dict[str, Any]:
         file = running.folder / SUMMARY
-        summary = json.loads(file.read_text()) if file.exists() else {"finished": False}
+        return json.loads(file.read_text()) if file.exists() else {"finished": False}
+
+    def _finished(self, running: Running) -> bool:
+        summary = self._summary(running)
         if summary["finished"]:
             figures = {k: summary[k] for k in ("val_loss", "step", "tokens", "elapsed_s")}
             self.journal.add(running.trial, status="finished", **figures)
