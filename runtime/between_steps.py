@@ -33,9 +33,11 @@ def between_steps(
 
 @contextmanager
 def collecting_rarely() -> Iterator[Callable[[int], None]]:
-    was_on = gc.isenabled()
+    # What was set aside before stays so, and nothing is added to it: that would never be freed.
+    was_on, first = gc.isenabled(), gc.get_freeze_count() == 0
     gc.collect()
-    gc.freeze()
+    if first:
+        gc.freeze()
     gc.disable()
 
     def after(step: int) -> None:
@@ -45,6 +47,7 @@ def collecting_rarely() -> Iterator[Callable[[int], None]]:
     try:
         yield after
     finally:
-        gc.unfreeze()
+        if first:
+            gc.unfreeze()
         if was_on:
             gc.enable()

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import multiprocessing
 import os
 import shutil
@@ -104,6 +105,8 @@ def work(name: str, seconds: float, smoke: bool, file: Path, out: Path) -> None:
         torch.set_num_threads(1)  # a fork has not read OMP_NUM_THREADS
     if smoke and name in ("speed", "claims"):
         torch.compiler.set_stance("force_eager")  # compiling is slow, importing the compiler too
+    gc.collect()
+    gc.freeze()  # torch itself: half a second each of the fifty times that a part collects garbage
     with file.open("w") as rows:
         device = torch.device(best_device())
         PARTS[name][0](Part(device, deadline, smoke, rows, out, file.parent))

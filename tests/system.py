@@ -201,6 +201,8 @@ def _main(overrides: Command) -> int:
             runpy.run_path(str(TRAIN), run_name="__main__")
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            gc.unfreeze()
     return 0
 
 

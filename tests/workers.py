@@ -94,6 +94,8 @@ def _work(rank: int, size: int, store: str, tasks: Any, answers: Any) -> None:
             answers.put((rank, function(*args), None))
         except BaseException:
             answers.put((rank, None, traceback.format_exc()))
+        finally:
+            gc.unfreeze()
 
 
 @atexit.register

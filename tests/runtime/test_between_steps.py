@@ -50,3 +50,16 @@ def test_garbage_is_collected_every_so_many_steps() -> None:
         after(COLLECT)
         assert alive() == 0
     assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_what_was_set_aside_before_stays_so() -> None:
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        with collecting_rarely():
+            kept = [[] for _ in range(1000)]
+        # had they been set aside as well, rings among them would be there for ever
+        assert before - 100 < gc.get_freeze_count() <= before and kept
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
