@@ -74,8 +74,12 @@ class Case:
         self.training = Training(config, corpus, context.processes)
         row["build_s"] = time.perf_counter() - start
         row["micro_batch"] = config.train.micro_batch
-        row["first_step_s"] = self.training.seconds(1)
-        self.training.seconds(context.warm_up)
+        try:
+            row["first_step_s"] = self.training.seconds(1)
+            self.training.seconds(context.warm_up)
+        except BaseException:  # out of memory, most often, which the cases that follow need
+            self.close()
+            raise
         self.own, self.peak = allocated() - before, 0
         self.steps, self.turns, self.rates = context.steps, list[float](), list[float]()
         self.parts: list[dict[str, float]] = []
@@ -179,11 +183,32 @@ def cases(context: Context) -> list[Row]:
 
 def measure(rows: list[Row], context: Context, corpus: Corpus, bar: Progress) -> None:
     """Fill in the rows, which take turns. A case that fails says why, and the others go on."""
+    import torch._dynamo.config as dynamo  # seconds
+
     built: list[Case] = []
-    for row in rows:
-        with noted(row):
-            built.append(Case(row, context.overrides, corpus, context))
-        bar.written(1)
+    # beyond eight shapes of a model torch would run the next in eager mode, and say so in its log
+    limits = {"recompile_limit": 8 * len(rows), "fail_on_recompile_limit_hit": True}
+    with dynamo.patch(limits):
+        for row in rows:
+            with noted(row):
+                built.append(Case(row, context.overrides, corpus, context))
+            if "error" in row:
+                release()
+            bar.written(1)
+        take_turns(built, context, bar)
+    built.clear()
+    torch.compiler.reset()
+    release()
+
+
+def release() -> None:
+    """What nothing refers to any more: a case that failed or has ended holds a circle of objects."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def take_turns(built: list[Case], context: Context, bar: Progress) -> None:
     for _ in range(context.repeat):
         for case in built:
             if "error" not in case.row:
@@ -194,11 +219,6 @@ def measure(rows: list[Row], context: Context, corpus: Corpus, bar: Progress) ->
         if "error" not in case.row:
             case.result()
         case.close()
-    built.clear()
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from runtime import device
 from runtime.device import Device, matmul_flops
@@ -42,6 +45,23 @@ def test_a_case_that_fails_says_so_and_the_others_go_on() -> None:
     rows = run(["--device", "cpu", "--repeat", "1", "--steps", "1", "--warm-up", "1",
                 "--precisions", "fp16", "fp32", *TOY])  # fmt: skip
     assert "fp16 needs a GPU" in rows[0]["error"] and "tokens_per_s" in rows[1]
+
+
+@pytest.mark.slow
+def test_more_shapes_than_torch_compiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default the ninth would silently run without the compiler."""
+    inductor, seen = torch.compile, Counter[str]()
+    whole = partial(inductor, backend="eager")  # dynamo keeps the count, not what comes after it
+    monkeypatch.setattr(torch, "compile", lambda module, **options: whole(module, dynamic=False))
+    reset = torch.compiler.reset
+    monkeypatch.setattr(torch.compiler, "reset", lambda: seen.update(counters["frames"]) or reset())
+    counters.clear()
+    sizes = [str(size) for size in range(1, 10)]
+    rows = run(["--micro-batches", *sizes, "--compile", "true", "--accumulation", "1",
+                "--device", "cpu", "--repeat", "1", "--steps", "1", "--warm-up", "1",
+                *TOY])  # fmt: skip
+    assert not any("error" in row for row in rows), rows
+    assert seen["total"] == seen["ok"] >= 9
 
 
 def test_auto_is_the_micro_batch_that_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
