@@ -202,7 +202,7 @@ def measure(rows: list[Row], context: Context, corpus: Corpus, bar: Progress) ->
 
 
 def release() -> None:
-    """What nothing refers to any more: a case that failed or has ended holds a circle of objects."""
+    """What is no longer in use: the objects of a case refer to each other in circles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

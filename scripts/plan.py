@@ -9,13 +9,21 @@ a measurement (``--rates``: the JSON of scripts/bench_train.py, whose compiled r
 no rate is built in. The rest is arithmetic:
 
     compute        FLOPs of the step's share of the global batch / (MFU x peak)
+    update         with --rates what the optimizer took there, divided among the GPUs as its state
+                   is; with --mfu it counts for nothing
     communication  ddp: gradients in a ring all-reduce, 2 (N-1)/N of their bytes in float32;
                    fsdp and hsdp: parameters gathered for forward and backward and gradients
                    scattered, 3 (N-1)/N of them. Within a machine of --machine GPUs at --link-gbs
                    each; between machines each GPU has its share of the network, --network-gbs, and
                    a message goes around the slower ring of the two
+    exchange       what the divided update sends (docs/distributed.md): ddp the updated parameters,
+                   (N-1)/N of their bytes; fsdp gradients of matrices to their owners and updates
+                   back, 2 (N-1)/N of the part of a GPU; hsdp both
     overlap        of the communication, what lasts longer than the share --overlap of the step's
-                   compute is waited for; latency --latency-us per message and machine passed
+                   compute is waited for, of the exchange all; latency --latency-us per message and
+                   machine passed
+
+The global batch grows to a sequence per GPU where it is smaller.
     memory         scripts/plan_parallel.py's count of weights, gradients and optimizer state, and
                    activations of one micro-batch, stored for the backward pass: 34 bytes per token,
                    layer and n_embd in 16 bits (arXiv 2205.05198, section 4.1, without the squares
@@ -30,6 +38,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +48,7 @@ from typing import Any
 
 from model import GPT2
 from optim import create_optimizer, list_optimizers
+from optim.rules import rules
 from runtime.describe import aligned
 from runtime.device import PEAKS
 from runtime.files import atomic_path
@@ -52,12 +62,13 @@ class Cluster:
     """GPUs and what connects them; rates are of one GPU, in one direction, bytes/s and FLOP/s."""
 
     gpus: int
-    flops: float  # reached in training, by PaLM's count
+    flops: float  # reached in forward and backward pass, by PaLM's count
     machine: int  # GPUs of one machine
     link: float  # within a machine
     network: float  # between machines
     latency: float  # seconds per message and machine passed
     overlap: float  # share of the step beside which messages travel for nothing
+    update: float = 0.0  # seconds of the whole optimizer's update on one
 
 
 @dataclass(frozen=True)
@@ -66,9 +77,11 @@ class Plan:
     optimizer: str
     strategy: str
     gpus: int
+    global_batch: int
     micro_batch: int
     memory_gb: float  # per GPU
     step_s: float
+    update_s: float  # per step, of the optimizer
     communication_s: float  # per step, hidden or not
     waiting_s: float  # of it, what is not hidden
     tokens_per_s: float
@@ -118,6 +131,31 @@ def communication_seconds(bytes_: float, strategy: str, cluster: Cluster) -> flo
     return {"ddp": 2, "fsdp": 3}[strategy] * (n - 1) / n * bytes_ / slowest + latency
 
 
+@cache
+def matrix_bytes(name: str, optimizer: str) -> int:
+    """Of the parameters that a rule takes as matrices, in float32."""
+    table = create_optimizer(
+        named_parameters=model_of(name).named_parameters(), **settings(optimizer)
+    ).table()
+    matrices = [row for row in table if rules()[row["rule"]].granularity == "matrix"]
+    return sum(4 * math.prod(row["shape"]) for row in matrices)
+
+
+def exchange_seconds(bytes_: float, matrices: float, strategy: str, cluster: Cluster) -> float:
+    """Of the updates' exchange between the processes that share the optimizer's work."""
+    n, inside = cluster.gpus, min(cluster.gpus, cluster.machine)
+    machines = -(-n // cluster.machine)
+    latency = cluster.latency * (machines - 1)
+    slowest = cluster.link if machines == 1 else min(cluster.link, cluster.network)
+    if strategy == "ddp":
+        return (n - 1) / n * bytes_ / slowest + latency
+    if strategy == "fsdp":
+        return 2 * (n - 1) / n * matrices / n / slowest + (latency if matrices else 0.0)
+    within = 2 * (inside - 1) / inside * matrices / inside / cluster.link
+    between = (machines - 1) / machines * bytes_ / inside / cluster.network
+    return within + between + latency
+
+
 def plan(
     name: str,
     optimizer: str,
@@ -128,35 +166,34 @@ def plan(
     micro_batch: int,
     chunks: int = 1,
 ) -> Plan:
-    """ValueError where the global batch has less than a sequence for each GPU."""
-    if global_batch < cluster.gpus:
-        raise ValueError(
-            f"a global batch of {global_batch} sequences is less than one for each of "
-            f"{cluster.gpus} GPUs: raise --global-batch"
-        )
-    model = model_of(name)
+    model, global_batch = model_of(name), max(global_batch, cluster.gpus)
     context, weights = model.config.context, 4.0 * sum(p.numel() for p in model.parameters())
     share = -(-global_batch // cluster.gpus)  # the GPU with the most sequences sets the pace
     micro, per_token = min(micro_batch, share), model.flops_per_token(context).palm
     compute = share * context * per_token / cluster.flops
     sent = communication_seconds(weights, strategy, cluster)
-    waiting = max(0.0, sent - cluster.overlap * compute)
-    step, batch = compute + waiting, global_batch * context
+    matrices = matrix_bytes(name, optimizer)
+    exchanged = exchange_seconds(weights, matrices, strategy, cluster)
+    waiting = max(0.0, sent - cluster.overlap * compute) + exchanged
+    update = cluster.update / cluster.gpus
+    step, batch = compute + update + waiting, global_batch * context
     seconds = tokens / batch * step
     held = memory_bytes(name, optimizer, strategy, cluster.gpus, cluster.machine, micro, chunks)
+    alone = global_batch * context * per_token / cluster.flops + cluster.update
     return Plan(
-        *(name, optimizer, strategy, cluster.gpus, micro, held / 1e9, step, sent, waiting),
+        *(name, optimizer, strategy, cluster.gpus, global_batch, micro, held / 1e9),
+        *(step, update, sent + exchanged, waiting),
         tokens_per_s=batch / step,
-        efficiency=batch * per_token / (step * cluster.flops * cluster.gpus),
+        efficiency=alone / (step * cluster.gpus),
         hours=seconds / 3600,
         gpu_hours=seconds / 3600 * cluster.gpus,
         exaflops=tokens * per_token / 1e18,
     )
 
 
-def measured(file: Path, model: str, optimizer: str) -> float:
-    """FLOP/s by PaLM's count of the fastest row for the model and the optimizer, compiled if there
-    is one that is. ValueError where there is none."""
+def measured(file: Path, model: str, optimizer: str) -> tuple[float, float]:
+    """FLOP/s by PaLM's count beside the optimizer, and seconds of a whole update of it: of the
+    fastest row for the two, compiled if there is one that is. ValueError where there is none."""
     rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
     rows = [r for r in rows if (r["model"], r["optimizer"]) == (model, optimizer)]
     rows = [r for r in rows if "tokens_per_s" in r]
@@ -164,7 +201,10 @@ def measured(file: Path, model: str, optimizer: str) -> float:
     if not rows:
         raise ValueError(f"{file} has no rate of {model} with {optimizer}: give --mfu, or measure")
     each = model_of(model).flops_per_token(model_of(model).config.context).palm
-    return max(r["tokens_per_s"] / r["processes"] for r in rows) * each
+    row = max(rows, key=lambda r: r["tokens_per_s"] / r["processes"])
+    rest = 1 - row["optimizer_ms"] / row["step_ms"]  # of the step
+    flops = row["tokens_per_s"] / row["processes"] * each / rest
+    return flops, 1e-3 * row["optimizer_ms"] * row["processes"]
 
 
 def rows_of(args: argparse.Namespace) -> list[Plan]:
@@ -172,7 +212,9 @@ def rows_of(args: argparse.Namespace) -> list[Plan]:
     found = []
     for name in args.models:
         for optimizer in args.optimizers:
-            rate = args.mfu * peak if args.rates is None else measured(args.rates, name, optimizer)
+            rate, update = args.mfu and args.mfu * peak, 0.0
+            if args.rates is not None:
+                rate, update = measured(args.rates, name, optimizer)
             for gpus in args.gpus:
                 cluster = Cluster(
                     gpus,
@@ -182,11 +224,12 @@ def rows_of(args: argparse.Namespace) -> list[Plan]:
                     args.network_gbs * 1e9,
                     args.latency_us * 1e-6,
                     args.overlap,
+                    update,
                 )
-                batch = max(args.global_batch, gpus) if args.grow_batch else args.global_batch
                 found.append(
                     plan(
-                        *(name, optimizer, args.strategy, cluster, args.tokens, batch),
+                        *(name, optimizer, args.strategy, cluster, args.tokens),
+                        args.global_batch,
                         *(args.micro_batch, args.loss_chunks),
                     )
                 )
@@ -209,9 +252,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rates", type=Path, help="bench_train.json, in place of --mfu")
     parser.add_argument("--tokens", type=float, default=10e9)
     parser.add_argument("--global-batch", type=int, default=480, help="sequences")
-    parser.add_argument(
-        "--grow-batch", action="store_true", help="to one sequence per GPU at least"
-    )
     parser.add_argument("--micro-batch", type=int, default=16, help="sequences")
     parser.add_argument("--loss-chunks", type=int, default=1)
     parser.add_argument("--machine", type=int, default=8, help="GPUs of one machine")
