@@ -4,6 +4,7 @@ torchrun starts the same command once per GPU and tells each, in the environment
 WORLD_SIZE. `join` connects them. Without torchrun there is one process: nothing is initialized, and
 everything here costs nothing.
 
+    agree    all have the same settings and the same data, or end with the difference
     decide   rank 0 does it (compose, choose a run directory, prepare data) and the others get the
              result, or end with rank 0's error: one message, a non-zero exit code everywhere
     guard    a process that fails says so on the terminal and in errors/rank_<r>.json of the run;
@@ -15,10 +16,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +29,11 @@ from typing import IO, Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from runtime.errors import ConfigError
+
 T = TypeVar("T")
+
+LATER = timedelta(seconds=60)  # than this program's own look at a hang
 
 
 class DecidedElsewhere(RuntimeError):
@@ -102,6 +108,27 @@ class Processes:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def agree(self, values: Mapping[str, Any], what: str) -> None:
+        """ConfigError, on every rank, where one has other ``values`` than rank 0: names ``what``
+        they are, the rank, its machine and the first differences."""
+        (home, ours), *others = self.gather((socket.gethostname(), values))
+        for rank, (host, theirs) in enumerate(others, start=1):
+            different = [
+                f"{key} is {theirs.get(key)} against {ours.get(key)}"
+                for key in sorted(ours.keys() | theirs.keys())
+                if theirs.get(key) != ours.get(key)
+            ]
+            if different:
+                more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
+                raise ConfigError(
+                    f"rank {rank} on {host} has other {what} than rank 0 on {home}: "
+                    f"{'; '.join(different[:3])}{more}. Start all processes with the same"
+                )
+
+    def check_gpus(self) -> None:
+        """ConfigError, on every rank, where one has no GPU of its own although others have."""
+        check_gpus(self.gather((socket.gethostname(), self.local_rank, torch.cuda.device_count())))
+
     def any(self, flag: bool) -> bool:
         """Whether any rank says so: a stop signal reaches one of them first."""
         if self.control is None:
@@ -125,11 +152,31 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def check_gpus(seen: list[tuple[str, int, int]]) -> None:
+    """ConfigError for processes without a GPU among such with one. ``seen`` of each process: host,
+    local rank, number of GPUs there."""
+    for host, local_rank, gpus in seen:
+        if 0 < gpus <= local_rank:
+            processes = sum(other == host for other, _, _ in seen)
+            raise ConfigError(
+                f"torchrun started {processes} processes on {host}, which has {gpus} GPUs: use "
+                f"--nproc_per_node={gpus}, or train.device=cpu"
+            )
+    without = next((host for host, _, gpus in seen if not gpus), None)
+    having = next((host for host, _, gpus in seen if gpus), None)
+    if without is not None and having is not None:
+        raise ConfigError(
+            f"{without} has no GPU that torch can use, {having} has: leave it out, or use "
+            f"train.device=cpu"
+        )
+
+
 def join(timeout: float = 600.0) -> Processes:
     """Connect to the other processes that torchrun started; alone without torchrun.
 
     CPU tensors travel by gloo, CUDA tensors by NCCL. ``timeout`` in seconds holds for every
-    collective: torch's default of half an hour would hide a hang.
+    collective: torch's default of half an hour would hide a hang. NCCL's watchdog, which shows no
+    Python stack, has `LATER` more, so that the guard is first to report.
     """
     if not launched():
         return Processes(timeout=timeout)
@@ -145,11 +192,11 @@ def join(timeout: float = 600.0) -> Processes:
     store = dist.PrefixStore(f"join {_joined}", store)
     _joined += 1
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    backend = "gloo"
+    backend, world_limit = "gloo", limit
     if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)  # before NCCL chooses one by itself
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        backend, world_limit = "cpu:gloo,cuda:nccl", limit + LATER
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=world_limit)
     control = dist.new_group(backend="gloo", timeout=limit)
     own = dist.PrefixStore("processes", store)
     return Processes(rank, size, local_rank, timeout, control, own)

@@ -29,11 +29,12 @@ from runtime.processes import Processes
 
 CONFIG, TRAJECTORY, SUMMARY = "config.yaml", "trajectory.json", "summary.json"
 LOCK = ".run.lock"
+LOGS, ERRORS = "logs", "errors"  # of each process: what it prints, why it failed
 BEFORE_THE_START = {
     LOCK,
     "log.txt",
-    "logs",
-    "errors",
+    LOGS,
+    ERRORS,
 }  # all that a run has while its parts are being built
 
 
@@ -96,11 +97,14 @@ def open_run(config: Config) -> Run:
 
 
 def open_for_all(config: Config, processes: Processes) -> Run:
-    """The same run on every rank: rank 0 finds or makes it (`open_run`), and holds its lock."""
+    """The same run on every rank: rank 0 finds or makes it (`open_run`), and holds its lock. What
+    the processes of an attempt before said when they failed is removed before any goes on."""
     opened: list[Run] = []
 
     def decide() -> Run:
         opened.append(open_run(config))
+        for report in (opened[0].dir / ERRORS).glob("rank_*.json"):
+            report.unlink()
         return replace(opened[0], lock=None)
 
     run = processes.decide(decide)

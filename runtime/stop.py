@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
+REPEAT = 1.0  # seconds in which the same request arrives a second time
+
 
 class StopRequest:
-    """While active, the first signal sets ``requested``; the second one acts as if none of this
-    were here (Ctrl-C twice ends at once)."""
+    """While active, the first signal sets ``requested``; a later one acts as if none of this were
+    here (Ctrl-C twice ends at once). One within `REPEAT` is the same request by another way: the
+    processes of torchrun get a terminal's Ctrl-C, or a scheduler's SIGTERM, themselves, and once
+    more from torchrun."""
 
     signals = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.requested: str | None = None  # name of the signal
+        self._asked = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -22,8 +28,12 @@ class StopRequest:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = signal.Signals(number).name
-        self._restore()
+        now = time.monotonic()
+        if self.requested is None:
+            self.requested, self._asked = signal.Signals(number).name, now
+        elif now - self._asked > REPEAT:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

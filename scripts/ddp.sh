@@ -12,12 +12,18 @@ cd "$(dirname "$0")/.."
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 processes=${PROCESSES:-$(( gpus > 0 ? gpus : 2 ))}
+python=${PYTHON:-python3}
 
 # torchrun restarts all processes after a crash, up to 3 times; they continue from the last
 # checkpoint. The variable makes the restarted ones forget the addresses of the dead ones.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # One CPU thread per process on a GPU machine; on a CPU they would share the cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Seconds for the step under way and a checkpoint, once the run is asked to stop.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 
-exec torchrun --standalone --nproc_per_node="$processes" --max-restarts=3 \
+# A mistake in the settings is found here, once: torchrun would start it again and again.
+"$python" -m scripts.validate 1 "$processes" parallel=ddp "$@"
+
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$processes" --max-restarts=3 \
   train.py parallel=ddp "$@"

@@ -222,7 +222,7 @@ def losses(run: Path) -> list[float]:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step_*"))
+    return sorted((run / "checkpoints").glob("step_*[0-9]"))  # not what is being written
 
 
 def determined(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from system import TRAIN, Command, checkpoints, losses, start_agent, until
+from system import TRAIN, Command, checkpoints, here, losses, start, start_agent, until
 from test_parallel_runs import run_on
 
 from runtime import checkpoint
@@ -52,6 +52,47 @@ def free_port() -> int:
 def lines(folder: Path) -> int:
     file = folder / "metrics.jsonl"
     return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def ended_differently(*of_each: Command, folder: Path) -> str:
+    """What rank 0 says where ranks are started with settings of their own, as by hand they can."""
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    job["MASTER_PORT"] = str(free_port())
+    ranks = [
+        start(*own, output=folder / f"out_{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **job)
+        for rank, own in enumerate(of_each)
+    ]
+    ranks[0].join(60)
+    for process in ranks:  # rank 1 leaves rank 0 time to speak
+        process.kill()
+        process.join()
+    assert ranks[0].exitcode == 1
+    out = (folder / "out_0").read_text()
+    assert out.count("error: ") == 1 and out.startswith("error: rank 1 on "), out
+    return out
+
+
+def test_two_ranks_with_different_settings_or_texts(tiny: Command, tmp_path: Path) -> None:
+    """Each rank reads its own settings and its own files; one run is made of the same."""
+    command = (*tiny, "parallel=ddp")
+    out = ended_differently(command, (*command, "optim.lr=0.25"), folder=tmp_path)
+    assert "has other settings than rank 0 on " in out and "optim.lr is 0.25 against " in out
+    Path("other.txt").write_text("words\n" * 3000)
+    other = ("data.files=[other.txt]", "data.dir=other")
+    out = ended_differently(command, (*command, *other), folder=tmp_path)
+    assert "has other tokens (data.files, data.dir) than rank 0" in out
+    assert not list(Path("runs").glob("*"))
+
+
+def test_a_strategy_without_torchrun(tiny: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process trains alone, and says that it does."""
+    short = ("train.steps=1", "train.eval_every=0", "train.checkpoint_every=0")
+    note = "this is one process: torchrun starts many (docs/distributed.md)"
+    assert note not in here(*tiny, *short).out
+    out = here(*tiny, *short, "parallel=ddp").out
+    assert note in out and "Slurm" not in out
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert "they are 8 separate runs" in here(*tiny, *short, "parallel=fsdp").out
 
 
 @slow

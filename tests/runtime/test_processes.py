@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from system import module
 from workers import run
 
+from runtime.device import Device, best_device
+from runtime.errors import ConfigError
 from runtime.guard import Guard, is_consequence
-from runtime.processes import DecidedElsewhere, Processes, join
+from runtime.launch import common
+from runtime.processes import DecidedElsewhere, Processes, check_gpus, join
+from scripts.compose import compose_config
 
 JOB = Path(__file__).with_name("job.py")
 
@@ -84,6 +90,48 @@ def test_rank_0_decides(tmp_path: Path) -> None:
     assert all(r[3] for r in results)
 
 
+def disagree(settings: dict[int, list[str]]) -> str:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    all_ = Processes(rank, size, rank, 30.0, dist.group.WORLD)
+    try:
+        all_.agree(common(compose_config(settings.get(rank, []))), "settings")
+        return ""
+    except ConfigError as error:
+        return str(error)
+
+
+def test_one_configuration_for_all() -> None:
+    """What shapes the run is the same everywhere; where its files lie is each machine's own."""
+    places = ["data.dir=/b", "paths.runs=/c", "train.threads=3", "run.dir=/d", "data.cache=/e"]
+    assert run(2, disagree, {1: places}) == [""] * 2
+    for setting in ("seed=2", "train.steps=6", "train.micro_batch=2", "parallel.divide=none"):
+        said = set(run(2, disagree, {1: [setting, *places]}))
+        key, _, value = setting.partition("=")
+        assert len(said) == 1, "ranks say different things"
+        assert f"rank 1 on {socket.gethostname()} has other settings than rank 0" in (*said,)[0]
+        assert f": {key} is {value} against " in (*said,)[0]
+
+
+def test_a_gpu_for_each_process() -> None:
+    check_gpus([("a", 0, 2), ("a", 1, 2), ("b", 0, 2), ("b", 1, 2)])
+    check_gpus([("a", 0, 0), ("a", 1, 0)])
+    check_gpus([("a", 0, 1), ("a", 0, 1)])  # one is shown to each, as its only one
+    with pytest.raises(
+        ConfigError, match="started 3 processes on b, which has 2 GPUs: use --nproc"
+    ):
+        check_gpus([("a", 0, 4), ("b", 0, 2), ("b", 1, 2), ("b", 2, 2)])
+    with pytest.raises(ConfigError, match="b has no GPU that torch can use, a has"):
+        check_gpus([("a", 0, 1), ("b", 0, 0)])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_many_processes_without_cuda_use_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    train = compose_config([]).train
+    assert best_device() == "mps"
+    assert Device.choose(train, Processes(0, 2)).device.type == "cpu"
+
+
 def test_consequences_are_told_from_reasons() -> None:
     assert is_consequence(RuntimeError("[gloo/...] Connection closed by peer [127.0.0.1]:1234"))
     assert is_consequence(RuntimeError("Timed out waiting 5000ms for recv operation to complete"))
@@ -103,13 +151,13 @@ def test_death_hang_and_error(tmp_path: Path) -> None:
     died, hung, failed = (tmp_path / f"run_{attempt}" for attempt in range(3))  # one for all ranks
     assert (died / "began").exists()
 
-    assert "no progress for 12 s" in out
+    assert "no progress (parallel.timeout=12)" in out
     assert "in hang" in out  # the function of the stack that hangs
     assert json.loads((hung / "errors/rank_1.json").read_text())["kind"] == "hang"
     began, ended = (path.stat().st_mtime for path in (hung / "began", hung / "errors/rank_1.json"))
     assert ended - began < 12 + 10
 
-    last = out[out.index("no progress for 12 s") :]
+    last = out[out.index("no progress") :]
     assert "ZeroDivisionError: the true reason\n" in last
     assert last.index("rank 1 on", last.index("in hang")) < last.index("ChildFailedError")
     assert json.loads((failed / "errors/rank_1.json").read_text())["step"] == 3
