@@ -15,7 +15,8 @@ Updates that ask for sums run eagerly, whatever ``compile`` says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,6 +32,9 @@ from optim.optimizer import Optimizer, Piece, check_same, signed
 from optim.rule import Rule, State, count
 from optim.transport import Exchange
 from optim.update import update_parameters, write_directions
+
+MESSAGE = 2**28  # bytes of parameters whose rows travel together; a larger one travels alone
+AHEAD = 2  # messages, or waves of matrices, that travel at a time: their buffers are kept
 
 
 class Journey(NamedTuple):
@@ -75,7 +79,17 @@ class DividedOptimizer(Optimizer):
         return self.division.part(x, rule)
 
     def _share(self, params: list[Tensor], rule: Rule) -> Callable[[], None]:
-        return self.division.share(params, rule)
+        travelling: deque[Callable[[], None]] = deque()
+        for some in in_messages(params):
+            travelling.append(self.division.share(some, rule))
+            if len(travelling) > AHEAD:
+                travelling.popleft()()
+
+        def finish() -> None:
+            while travelling:
+                travelling.popleft()()
+
+        return finish
 
     def _update_groups(self) -> None:
         stepped = [group for group in self.param_groups if _with_gradient(group)]
@@ -145,13 +159,19 @@ class DividedOptimizer(Optimizer):
         lr, decay = self._lr_tensor(group), group["weight_decay"]
         states = [self.state[p] for p in journey.params]
         torch._foreach_add_([state["step"] for state in states], 1.0)
-        returning = []
+        returning: deque[Callable[[], dict[int, Tensor]]] = deque()
+
+        def apply_first() -> None:
+            for i, u in returning.popleft()().items():
+                rule.apply(held(journey.params[i]), u, states[i], lr, decay, states[i]["step"])
+
         for wave, arrive in enumerate(journey.arriving):
             us = self._directions(group, arrive(), states)
             returning.append(journey.exchange.back(us, wave))
-        for finish in returning:
-            for i, u in finish().items():
-                rule.apply(held(journey.params[i]), u, states[i], lr, decay, states[i]["step"])
+            if len(returning) == AHEAD:
+                apply_first()
+        while returning:
+            apply_first()
 
     def _directions(
         self, group: Mapping[str, Any], grads: Mapping[int, Tensor], states: list[State]
@@ -219,6 +239,20 @@ class DividedOptimizer(Optimizer):
             for name, p in zip(group["param_names"], group["params"], strict=True)
             for key, tensor in whole_state(p, p.shape, *self._parts(group)[:2]).items()
         }
+
+
+def in_messages(params: Sequence[Tensor]) -> list[list[Tensor]]:
+    """In order, and as many in each list as stay below `MESSAGE`, or one."""
+    messages: list[list[Tensor]] = []
+    filled = MESSAGE
+    for p in params:
+        size = held(p.detach()).nbytes
+        if filled + size > MESSAGE:
+            messages.append([])
+            filled = 0
+        messages[-1].append(p)
+        filled += size
+    return messages
 
 
 def _with_gradient(group: Mapping[str, Any]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """How gradients come to the owner of a matrix, and updates back: few large messages.
 
     FSDP2   there, back    one all-to-all each, of the rows that every process holds
-    DDP     share          one flat broadcast per owner (gloo) or one padded all-gather (NCCL)
+    DDP     share          one flat broadcast per owner (gloo) or one all-gather of all (NCCL)
     HSDP    both           all-to-all within the replica that owns a matrix; then each process
                            shares its rows of the update with the other replicas
     sums    add_up         whatever the updates of all tensors ask for, in one all-reduce
@@ -22,6 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from optim.sharding import Plan, Table, rows
+
+# its name since torch 2.13, which warns of the old one
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -47,42 +50,26 @@ class Transport:
         places = [0 if group is None else group.rank() for group in (replicas, shards)]
         return cls(Table(*sizes, *places), shards, replicas)
 
-    def share(
-        self, tensors: Sequence[Sequence[Tensor]], purpose: str, padded: bool | None = None
-    ) -> Callable[[], None]:
+    def share(self, tensors: Sequence[Sequence[Tensor]], purpose: str) -> Callable[[], None]:
         """Give every replica what each has: ``tensors[r]`` are right on replica r and overwritten
-        on all others. ``padded`` chooses the transport (None: what the backend does best)."""
+        on all others."""
         group, here = self.replicas, self.table.replica
-        if group is None:
-            return lambda: None
-        sizes = [sum(t.numel() for t in own) for own in tensors]
         like = next((t for own in tensors for t in own), None)
-        if like is None:
+        sizes = [sum(t.numel() for t in own) for own in tensors]
+        if group is None or like is None or not any(sizes):
             return lambda: None
-        if padded is None:
-            padded = like.is_cuda
         self.received[purpose] += (sum(sizes) - sizes[here]) * like.element_size()
-        width = max(sizes) if padded else 0
-        buffers = [like.new_empty(max(size, width)) for size in sizes]
-        if padded:
-            stack = like.new_empty(len(sizes) * width)
-            buffers = list(stack.split(width))
-        _pack(tensors[here], buffers[here][: sizes[here]])
-        if padded:
-            pending = [dist.all_gather_single(stack, buffers[here], group, async_op=True)]
-        else:
-            pending = [
-                dist.broadcast(buffer, group=group, group_src=replica, async_op=True)
-                for replica, buffer in enumerate(buffers)
-                if sizes[replica]
-            ]
+        stack = like.new_empty(sum(sizes))
+        buffers = stack.split(sizes)
+        _pack(tensors[here], buffers[here])
+        pending = _gather(stack, buffers, here, group)
 
         def finish() -> None:
             for work in pending:
                 work.wait()
             for replica, (own, buffer) in enumerate(zip(tensors, buffers, strict=True)):
                 if replica != here:
-                    _unpack(buffer[: sizes[replica]], own)
+                    _unpack(buffer, own)
 
         return finish
 
@@ -216,6 +203,21 @@ class Exchange:
 
     def _empty(self, i: int) -> Tensor:
         return self.like.new_empty(self._rows(i, self.transport.table.shard))
+
+
+def _gather(
+    stack: Tensor, buffers: Sequence[Tensor], here: int, group: dist.ProcessGroup
+) -> list[dist.Work]:
+    """Start to fill every buffer, a part of ``stack``, by the replica whose it is."""
+    if len({len(buffer) for buffer in buffers}) == 1:
+        return [all_gather_single(stack, buffers[here], group, async_op=True)]
+    if stack.is_cuda:  # NCCL takes parts of any size, as broadcasts launched together; gloo none
+        return [dist.all_gather(list(buffers), buffers[here], group, async_op=True)]
+    return [
+        dist.broadcast(buffer, group=group, group_src=replica, async_op=True)
+        for replica, buffer in enumerate(buffers)
+        if len(buffer)
+    ]
 
 
 def _pack(tensors: Sequence[Tensor], flat: Tensor) -> None:

@@ -222,6 +222,11 @@ def check(config: Config) -> None:
         raise ConfigError(f"data.val_fraction must be in (0, 1), given {config.data.val_fraction}")
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"seed must be in [0, 2^63), given {config.seed}")
+    if config.parallel.strategy == "ddp" and config.train.compile and config.parallel.bucket_mb < 1:
+        raise ConfigError(  # else an AssertionError of dynamo's at the first step
+            f"parallel.bucket_mb={config.parallel.bucket_mb:g} with train.compile=true: torch "
+            f"compiles for messages of 1 or more"
+        )
     accumulation(config.train)
     if config.train.micro_batch == AUTO and _cut_shapes_result(config.train):
         raise ConfigError(
@@ -314,7 +319,8 @@ def schedule(config: Config) -> Schedule:
 
 
 # Keys that may differ between a run and its continuation: they do not shape the trajectory, or only
-# its rounding (micro_batch, threads, compile).
+# its rounding (micro_batch, threads, compile); KEPT: those among them that do.
+KEPT = ("parallel.param_dtype", "parallel.reduce_dtype")
 FREE = (
     *("run", "paths", "logging", "parallel", "eval", "data.dir", "data.cache", "data.prefetch"),
     *("data.worker", "data.processes", "data.threads", "data.check"),
@@ -331,7 +337,9 @@ def trajectory(config: Config) -> dict[str, Any]:
     """The flat table of settings that decide the weights: equal tables, equal runs."""
     flat = flatten(asdict(config))
     free = tuple(f"{key}." for key in FREE)
-    return {key: value for key, value in flat.items() if not _plain(key).startswith(free)}
+    return {
+        key: value for key, value in flat.items() if key in KEPT or not _plain(key).startswith(free)
+    }
 
 
 def _plain(key: str) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from optim.transport import all_gather_single
 from runtime.errors import ConfigError
 from runtime.processes import Processes
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 DIVIDE = ("all", "matrix", "none")  # what replicas may divide; see optim/division.py
 SHARDED = ("fsdp", "hsdp")
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -51,7 +53,7 @@ class ParallelConfig:
     static_graph: bool  # ddp: every step uses the same parameters in the same order
     bucket_mb: float  # ddp: size of a message
     reshard_after_forward: bool  # fsdp: free a block's parameters between forward and backward
-    param_dtype: str  # fsdp: gather parameters and compute in fp32 | bf16 | fp16
+    param_dtype: str  # fsdp: gather parameters and compute in fp32 | bf16
     reduce_dtype: str  # fsdp: reduce gradients in fp32 | bf16
     prefetch: int  # fsdp: blocks whose parameters are gathered ahead of their use; 0: torch's way
     wrap_one: bool  # torchrun with one process: wrap the model all the same, to see what it costs
@@ -109,11 +111,6 @@ class Parallel:
     def micro_batch(self, last: bool) -> Iterator[None]:
         """Around forward and backward of one micro-batch: gradients are reduced after the last."""
         if isinstance(self.forward, nn.parallel.DistributedDataParallel) and not last:
-            if self.forward.static_graph:
-                raise ConfigError(  # torch 2.13: "expect_autograd_hooks_ INTERNAL ASSERT FAILED"
-                    "parallel.static_graph=true does not work with gradient accumulation: leave it "
-                    "off, or raise train.micro_batch to this process's whole share of the batch"
-                )
             with self.forward.no_sync():
                 yield
             return
@@ -130,7 +127,7 @@ class Parallel:
         if self.processes.size == 1:
             return own
         every = own.new_empty(self.processes.size * len(own))
-        dist.all_gather_single(every, own)
+        all_gather_single(every, own)
         return every
 
     def check_replicas(self, step: int) -> None:
@@ -142,7 +139,7 @@ class Parallel:
         names = [name for name, _ in self.model.named_parameters()]
         own = torch.stack([fingerprint(p) for p in self.model.parameters()])
         every = own.new_empty(group.size() * len(own))
-        dist.all_gather_single(every, own, group=group)
+        all_gather_single(every, own, group=group)
         every = every.view(group.size(), -1)
         different = (every != every[0]).cpu()
         if different.any():
@@ -195,16 +192,15 @@ def check_fit(config: ParallelConfig, processes: Processes) -> None:
             f"parallel.shards={replica_size(config)} does not divide {size} processes"
         )
     dtypes = (config.param_dtype, config.reduce_dtype)
-    if (
-        config.strategy in SHARDED
-        and dtypes != ("fp32", "fp32")
-        and not is_wrapped(config, processes)
-    ):
-        raise ConfigError(
-            f"parallel.param_dtype={dtypes[0]} and reduce_dtype={dtypes[1]} are FSDP's, which one "
-            f"process does not need: set train.precision, or run under torchrun with "
-            f"parallel.wrap_one=true"
-        )
+    if dtypes != ("fp32", "fp32"):
+        given = f"parallel.param_dtype={dtypes[0]} and reduce_dtype={dtypes[1]} are FSDP's"
+        if config.strategy not in SHARDED:
+            raise ConfigError(f"{given}: with parallel={config.strategy} set train.precision")
+        if not is_wrapped(config, processes):
+            raise ConfigError(
+                f"{given}, which one process does not need: set train.precision, or run under "
+                f"torchrun with parallel.wrap_one=true"
+            )
     if config.deterministic_reduce:
         if config.strategy not in ("none", "ddp"):
             raise ConfigError("parallel.deterministic_reduce needs whole gradients: parallel=ddp")
@@ -215,6 +211,23 @@ def check_fit(config: ParallelConfig, processes: Processes) -> None:
             )
         if size & (size - 1):
             raise ConfigError(f"parallel.deterministic_reduce: {size} is not a power of two")
+
+
+def check_micro_batches(config: ParallelConfig, processes: Processes, count: int) -> None:
+    """ConfigError if a process's gradient cannot come from ``count`` micro-batches."""
+    if config.deterministic_reduce:
+        if count & (count - 1):
+            raise ConfigError(
+                f"parallel.deterministic_reduce needs a power of two of micro-batches per process, "
+                f"given {count}: change train.micro_batch"
+            )
+        return
+    static = config.strategy == "ddp" and config.static_graph and is_wrapped(config, processes)
+    if static and count > 1:  # torch 2.13: "expect_autograd_hooks_ INTERNAL ASSERT FAILED"
+        raise ConfigError(
+            "parallel.static_graph=true does not work with gradient accumulation: leave it off, or "
+            "raise train.micro_batch to this process's whole share of the batch"
+        )
 
 
 def replica_size(config: ParallelConfig) -> int:
@@ -303,27 +316,57 @@ WRAPPERS: dict[str, Callable[[Given], Parallel]] = {
 
 def _sharded(given: Given, sizes: dict[str, int]) -> Parallel:
     """FSDP2 over the last of the mesh's dimensions, whose names and ``sizes`` are given."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    config, blocks = given.config, given.blocks
-    mesh = init_device_mesh(given.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    config, blocks, mesh = given.config, given.blocks, _mesh(given, sizes)
     precision = MixedPrecisionPolicy(
-        param_dtype=DTYPES[config.param_dtype], reduce_dtype=DTYPES[config.reduce_dtype]
+        # None: as parameters are, and inputs of layers stay what autocast makes them.
+        param_dtype=None if config.param_dtype == "fp32" else DTYPES[config.param_dtype],
+        reduce_dtype=DTYPES[config.reduce_dtype],  # None would be that of the gradients
     )
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
-    options["reshard_after_forward"] = config.reshard_after_forward
     if given.compile:
         compile_each(blocks, given.compile.mode)
     for block in blocks:
-        fully_shard(block, **options)
-    fully_shard(given.model, **options)
+        fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
+    # None: torch keeps the root's (embedding and head), which the backward pass needs at once.
+    fully_shard(given.model, reshard_after_forward=None, **options)
+    given.model.register_forward_hook(_to_rows)
     n = config.prefetch
     for i, block in enumerate(blocks if n else []):
         ahead, behind = blocks[i + 1 : i + 1 + n], blocks[max(0, i - n) : i][::-1]
         block.set_modules_to_forward_prefetch(ahead)  # type: ignore[operator]
         block.set_modules_to_backward_prefetch(behind)  # type: ignore[operator]
     return Parallel(given.model, given.model, given.processes, mesh)
+
+
+def _mesh(given: Given, sizes: dict[str, int]) -> DeviceMesh:
+    """All processes in a table of these named ``sizes``. From groups, for `init_device_mesh` makes
+    some that know nothing of the timeout."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    kind, names = given.device.type, tuple(sizes)
+    if len(sizes) == 1:
+        assert dist.group.WORLD is not None
+        return DeviceMesh.from_group(dist.group.WORLD, kind, mesh_dim_names=names)
+    table = torch.arange(given.processes.size).view(*sizes.values())
+    limit = timedelta(seconds=given.processes.timeout)
+    groups = [
+        dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=limit)[0]
+        for ranks in (table.T, table)
+    ]
+    return DeviceMesh.from_group(groups, kind, mesh=table, mesh_dim_names=names)
+
+
+def _to_rows(model: nn.Module, *_: Any) -> None:
+    """After a forward pass that no backward pass follows: give gathered parameters back, which
+    else evaluation would leave to the optimizer, the checkpoint and the next step's forward."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not torch.is_grad_enabled():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -338,6 +381,8 @@ def fingerprint(x: Tensor) -> Tensor:
     its device. Row and column sums of the bits, weighted by position: no large temporary."""
     x = x.to_local() if hasattr(x, "to_local") else x
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    if not x.numel():  # a shard without rows
+        return torch.zeros((), dtype=torch.int64, device=x.device)
     bits = x.detach().contiguous().view(integer).reshape(len(x) if x.ndim else 1, -1)
     sums = (bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64))
     odd = [2 * torch.arange(len(s), device=x.device) + 1 for s in sums]
@@ -397,7 +442,7 @@ class TreeReduction:
         parts = list(came.split(chunk))
         while len(parts) > 1:
             parts = [left + right for left, right in zip(parts[::2], parts[1::2], strict=True)]
-        dist.all_gather_single(sent, parts[0] / self.size)
+        all_gather_single(sent, parts[0] / self.size)
         return sent[:n]
 
     def _gradients(self) -> Iterable[Tensor]:

@@ -19,8 +19,11 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import traceback
 import warnings
 from collections.abc import Mapping
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,7 +46,10 @@ class SharedCheckpoints(Checkpoints):
         super().__init__(folder, keep)
         self.processes = processes
         # Its own, for its messages mix with those of no other group and of no other checkpoint.
-        self._group = dist.new_group(backend="gloo") if processes.control is not None else None
+        self._group: dist.ProcessGroup | None = None
+        if processes.control is not None:
+            limit = timedelta(seconds=processes.timeout)
+            self._group = dist.new_group(backend="gloo", timeout=limit)
         self._writing: threading.Thread | None = None
         self._error: BaseException | None = None
         self._target: Path | None = None
@@ -89,18 +95,27 @@ class SharedCheckpoints(Checkpoints):
         return final
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is there. OSError if it could not be."""
+        """Until the checkpoint that is being written is there. OSError if it could not be, or, of
+        several processes, is not in time; RuntimeError if another one is gone or late."""
         if self._writing is None:
             return
-        self._writing.join()
+        limit = 2 * self.processes.timeout  # for what is written here, then for the others
+        self._writing.join(None if self.processes.size == 1 else limit)
+        if self._writing.is_alive():
+            raise OSError(
+                f"the checkpoint {self._target} is still being written after {limit:g} s of "
+                f"waiting: the disk hangs, or is too slow for parallel.timeout={limit / 2:g}"
+            )
         self._writing, error, self._error = None, self._error, None
+        if self._group is not None and isinstance(error, RuntimeError):
+            raise error  # of a message: what happened says the process that is gone or late
         if error is not None:
             raise self._failure(error) from error
 
     def _failure(self, error: BaseException) -> OSError:
         return OSError(
-            f"cannot write the checkpoint {self._target} ({error}): make room, then the same "
-            f"command continues from the one before"
+            f"cannot write the checkpoint {self._target} ({reason(error)}): make room, then the "
+            f"same command continues from the one before"
         )
 
     def _check_finite(self, tensors: Mapping[str, Tensor], step: int) -> None:
@@ -132,8 +147,10 @@ class SharedCheckpoints(Checkpoints):
         import torch.distributed.checkpoint as dcp
 
         writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        future = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
-        return future.result  # type: ignore[union-attr]
+        # Not dcp.async_save: its thread is waited for when Python exits, also when it hangs.
+        # `stage` copies to the CPU, and so leaves the writer nothing to ask a GPU for.
+        host = writer.stage(tensors)
+        return partial(dcp.save, host, storage_writer=writer, process_group=self._group)
 
     def _commit(self, temporary: Path, final: Path, content: dict[str, Any]) -> None:
         sizes = {p.name: p.stat().st_size for p in sorted(temporary.glob("*.safetensors"))}
@@ -144,6 +161,16 @@ class SharedCheckpoints(Checkpoints):
         os.rename(temporary, final)
         fsync(self.folder)
         self.prune()
+
+
+def reason(error: BaseException) -> str:
+    """Why a checkpoint could not be written, in a line: DCP's error is the tracebacks of all."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    if not isinstance(error, CheckpointException):
+        return str(error)
+    rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+    return f"rank {rank}: {traceback.format_exception_only(cause)[-1].strip()}"
 
 
 def write_alone(tensors: Mapping[str, Tensor], path: Path) -> None:

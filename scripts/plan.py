@@ -22,13 +22,13 @@ no rate is built in. The rest is arithmetic:
     overlap        of the communication, what lasts longer than the share --overlap of the step's
                    compute is waited for, of the exchange all; latency --latency-us per message and
                    machine passed
+    memory         scripts/plan_parallel.py's count of weights, gradients, optimizer state and, with
+                   ddp, buffers of the exchange; and activations of one micro-batch, stored for the
+                   backward pass: 34 bytes per token, layer and n_embd in 16 bits (arXiv 2205.05198,
+                   section 4.1, without the squares of attention, which flash attention does not
+                   keep), and 6 bytes per logit (model.loss_chunks divides the logits)
 
 The global batch grows to a sequence per GPU where it is smaller.
-    memory         scripts/plan_parallel.py's count of weights, gradients and optimizer state, and
-                   activations of one micro-batch, stored for the backward pass: 34 bytes per token,
-                   layer and n_embd in 16 bits (arXiv 2205.05198, section 4.1, without the squares
-                   of attention, which flash attention does not keep), and 6 bytes per logit
-                   (model.loss_chunks divides the logits)
 
 A lower bound where it errs: evaluations, checkpoints, stragglers and restarts are not in it.
 """
@@ -47,12 +47,12 @@ from pathlib import Path
 from typing import Any
 
 from model import GPT2
-from optim import create_optimizer, list_optimizers
+from optim import Optimizer, create_optimizer, list_optimizers
 from optim.rules import rules
 from runtime.describe import aligned
 from runtime.device import PEAKS
 from runtime.files import atomic_path
-from scripts.plan_parallel import settings, shapes
+from scripts.plan_parallel import exchange_bytes, settings, shapes, state_bytes
 
 STRATEGIES = ("ddp", "fsdp", "hsdp")
 
@@ -98,10 +98,10 @@ def model_of(name: str) -> GPT2:
 
 
 @cache
-def state_bytes(name: str, optimizer: str) -> int:
-    named = model_of(name).named_parameters()
-    table = create_optimizer(named_parameters=named, **settings(optimizer)).table()
-    return sum(row["state_bytes"] for row in table)
+def optimizer_of(name: str, optimizer: str) -> Optimizer:
+    return create_optimizer(
+        named_parameters=model_of(name).named_parameters(), **settings(optimizer)
+    )
 
 
 def memory_bytes(
@@ -111,7 +111,10 @@ def memory_bytes(
     activations."""
     model, shared = model_of(name), {"ddp": 1, "fsdp": gpus, "hsdp": min(gpus, machine)}[strategy]
     config, weights = model.config, 4.0 * sum(p.numel() for p in model.parameters())
-    held = 2 * weights / shared + state_bytes(name, optimizer) / gpus
+    made = optimizer_of(name, optimizer)
+    held = 2 * weights / shared + state_bytes(made) / gpus
+    if strategy == "ddp" and gpus > 1:
+        held += exchange_bytes(made)
     tokens = micro * config.context
     layers = 34 * tokens * config.n_layer * config.n_embd
     return held + layers + 6 * tokens * config.padded_vocab_size / chunks
@@ -134,9 +137,7 @@ def communication_seconds(bytes_: float, strategy: str, cluster: Cluster) -> flo
 @cache
 def matrix_bytes(name: str, optimizer: str) -> int:
     """Of the parameters that a rule takes as matrices, in float32."""
-    table = create_optimizer(
-        named_parameters=model_of(name).named_parameters(), **settings(optimizer)
-    ).table()
+    table = optimizer_of(name, optimizer).table()
     matrices = [row for row in table if rules()[row["rule"]].granularity == "matrix"]
     return sum(4 * math.prod(row["shape"]) for row in matrices)
 

@@ -5,7 +5,8 @@
     python -m scripts.plan_parallel --shares gpt2_small --defaults soap shampoo
 
 What each optimizer sends follows from the granularity of its rules. Memory is counted on models
-that have shapes but no data: weights and gradients in float32, and the optimizer's state. A test
+that have shapes but no data: weights and gradients in float32, the optimizer's state, and the
+buffers in which replicas exchange what they have updated. A test
 compares the page with what this would write. Shares are those of the process that keeps, or
 computes, most; settings are those of configs/optim, or with ``--defaults`` the optimizers' own.
 """
@@ -23,8 +24,9 @@ from omegaconf import OmegaConf
 from model import GPT2, GPT2Config
 from optim import Optimizer, create, create_optimizer, list_optimizers
 from optim.correction import CORRECTIONS, NoCorrection
-from optim.division import Division
-from optim.rules import build_rule
+from optim.divided import AHEAD, in_messages
+from optim.division import WAVES, Division
+from optim.rules import build_rule, rules
 from optim.sharding import Table
 from optim.transport import Transport
 from scripts.pages import markdown, renewed
@@ -114,10 +116,24 @@ def memory(every: Mapping[str, dict[str, Any]]) -> str:
             optimizer = create_optimizer(named_parameters=model.named_parameters(), **given)
             state = state_bytes(optimizer) / 1e9
             own = 8 * model.num_parameters() / 1e9  # weights and gradients
-            parts = (own + state, own + state / GPUS, (own + state) / GPUS)
+            ddp = own + state / GPUS + exchange_bytes(optimizer) / 1e9
+            parts = (own + state, ddp, (own + state) / GPUS)
             cells.append(" / ".join(f"{gb:.1f}" for gb in parts))
         rows.append((name, *cells))
     return markdown(rows)
+
+
+def exchange_bytes(optimizer: Optimizer) -> int:
+    """Under DDP with everything divided: what is on its way at a time, rows of each group and waves
+    of one group's matrices."""
+    rows, matrices = 0, 0
+    for group in optimizer.param_groups:
+        if rules()[group["rule"]].granularity == "matrix":
+            matrices = max(matrices, sum(p.nbytes for p in group["params"]) * AHEAD // WAVES)
+        else:
+            sizes = [sum(p.nbytes for p in some) for some in in_messages(group["params"])]
+            rows += max(sum(sizes[i : i + AHEAD + 1]) for i in range(len(sizes)))
+    return rows + matrices
 
 
 def shares(model: GPT2, every: Mapping[str, dict[str, Any]]) -> str:

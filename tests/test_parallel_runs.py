@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,10 @@ def test_the_curve_does_not_depend_on_the_number_of_processes(
     """Through the whole trainer; every optimizer is held to it in tests/test_same_curve.py."""
     how = (f"train.micro_batch={micro_batch}",)
     assert_same_curve((*tiny, *STEPS, *settings(rule)), layout, how, tmp_path)
+    one, many = tmp_path / "one", tmp_path / "many"  # state: that of all processes together
+    assert (one / "parameters.txt").read_text() == (many / "parameters.txt").read_text()
+    sizes = {json.loads((run / "summary.json").read_text())["state_bytes"] for run in (one, many)}
+    assert len(sizes) == 1
 
 
 @pytest.mark.parametrize("layout", [("ddp", 2), ("fsdp", 2)], ids=["ddp", "fsdp"])

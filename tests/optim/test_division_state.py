@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -118,6 +119,37 @@ def count_reductions(name: str, place: Place) -> int:
 @pytest.mark.parametrize(("name", "reductions"), [("adamw", 0), ("lamb", 2), ("mars_adamw", 1)])
 def test_sums_of_all_tensors_travel_together(name: str, reductions: int) -> None:
     assert run(2, count_reductions, name, (1, 2)) == [reductions] * 2
+
+
+def share_in_small_messages(name: str, place: Place) -> tuple[dict[str, Tensor], int, int]:
+    """Weights, the number of messages, and how many travelled at a time."""
+    from optim import divided
+
+    division, travelling, seen = division_of(place), set[int](), list[int]()
+    share = division.transport.share
+
+    def counted(tensors: Any, purpose: str) -> Any:
+        finish, number = share(tensors, purpose), len(seen)
+        travelling.add(number)
+        seen.append(len(travelling))
+        return lambda: (finish(), travelling.discard(number))
+
+    object.__setattr__(division.transport, "share", counted)
+    training = Training(name, place, division)
+    with patch.object(divided, "MESSAGE", 4 * 66 * 66):
+        training.advance(range(STEPS))
+    assert not travelling
+    return training.weights(), len(seen), max(seen)
+
+
+@pytest.mark.parametrize(("name", "at_once"), [("adamw", 3), ("muon", 4)])
+def test_few_buffers_are_kept(name: str, at_once: int) -> None:
+    """Of the rows of a group three messages travel at a time, then two until the end of the step;
+    of matrices two of three waves."""
+    for weights, messages, most in run(2, share_in_small_messages, name, (2, 1)):
+        assert largest_difference(weights, alone(name)["weights"]) <= tolerance(name, "weights")
+        assert messages >= 5 * STEPS
+        assert most == at_once
 
 
 # ---- checkpoints --------------------------------------------------------------------------------

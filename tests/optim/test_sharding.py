@@ -126,23 +126,28 @@ def test_gradients_reach_owners_and_updates_come_back(
         assert back == (size - 1) * all_bytes
 
 
-def share_with_replicas(replicas: int, shards: int, padded: bool) -> None:
+def share_with_replicas(replicas: int, shards: int, even: bool) -> None:
+    """Rows as many for each replica, which travel in one all-gather, or not."""
     transport = groups(replicas, shards)
     table = transport.table
-    truth = [x[slice(*table.held(len(x)))] for x in whole_matrices()]
+    whole = [torch.arange(24.0).view(8, 3) * i for i in (1, 2)] if even else whole_matrices()
+    truth = [x[slice(*table.held(len(x)))] for x in whole]
     mine = [torch.full_like(x, torch.nan) for x in truth]
     cuts = [[rows(len(x), replicas, replica) for x in truth] for replica in range(replicas)]
     for x, right, cut in zip(mine, truth, cuts[table.replica], strict=True):
         x[slice(*cut)] = right[slice(*cut)]
     parts = [[x[slice(*c)] for x, c in zip(mine, cut, strict=True)] for cut in cuts]
-    transport.share(parts, "parameters", padded)()
+    transport.share(parts, "parameters")()
     assert all(torch.equal(x, right) for x, right in zip(mine, truth, strict=True))
+    own = parts[table.replica]
+    others = sum(x.numel() for x in truth) - sum(x.numel() for x in own)
+    assert transport.received["parameters"] == (4 * others if replicas > 1 else 0)
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize(("replicas", "shards"), TABLES)
-def test_replicas_share_rows(replicas: int, shards: int, padded: bool) -> None:
-    run(replicas * shards, share_with_replicas, replicas, shards, padded)
+def test_replicas_share_rows(replicas: int, shards: int, even: bool) -> None:
+    run(replicas * shards, share_with_replicas, replicas, shards, even)
 
 
 # ---- sums ----------------------------------------------------------------------------------------

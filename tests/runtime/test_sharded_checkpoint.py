@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import re
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import forks
@@ -196,6 +200,54 @@ def test_a_full_disk_is_an_error_of_the_next_call(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="make room"):
         own.wait()
     assert own.steps() == [1]
+
+
+def save_where_one_cannot(folder: Path) -> str:
+    own, all_ = checkpoints(folder), processes()
+    own.save(1, {}, {}, None)
+    own.wait()
+    own.save(2, {f"optim.{all_.rank}": Unwritable() if all_.rank else torch.ones(2)}, {}, None)
+    with pytest.raises(OSError, match="make room") as error:
+        own.wait()
+    return str(error.value)
+
+
+class Unwritable(torch.Tensor):
+    """What fails on its way to the disk, on this process alone."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_the_rank_that_cannot_write_is_named_in_a_line(tmp_path: Path) -> None:
+    for said in run(2, save_where_one_cannot, tmp_path):
+        assert "(rank 1: OSError: [Errno 28] No space left on device)" in said
+        assert len(said) < 300
+        assert "\n" not in said
+
+
+def save_without_the_other(folder: Path) -> str:
+    """Rank 1 hangs where it should write."""
+    all_ = replace(processes(), timeout=1.0)
+    own, held = SharedCheckpoints(folder, 2, all_), {"model.w": torch.ones(3)}
+    if all_.rank:
+        own._start = lambda *_: lambda: time.sleep(5)  # type: ignore[method-assign]
+    own.save(1, held, {}, None)
+    with pytest.raises((RuntimeError, OSError)) as error:
+        own.wait()
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+def test_a_hang_while_writing_ends_in_time(tmp_path: Path) -> None:
+    start = time.monotonic()
+    waiting, hanging = run(2, save_without_the_other, tmp_path)
+    assert time.monotonic() - start < 30
+    assert re.search("RuntimeError.*imed out", waiting)
+    assert "still being written after 2 s of waiting" in hanging
+    assert not list(tmp_path.glob("step_*[0-9]"))
 
 
 def write_forever(rank: int, size: int, store: str, folder: Path) -> None:

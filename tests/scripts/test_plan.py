@@ -84,6 +84,8 @@ def test_memory_is_what_is_held_and_what_is_stored() -> None:
     assert held == pytest.approx(4 * WEIGHTS, rel=1e-3)  # weights, gradients, two moments
     divided = memory_bytes("gpt2_small", "adamw", "fsdp", 8, 8, micro=0)
     assert divided == pytest.approx(held / 8, rel=1e-3)
+    buffers = memory_bytes("gpt2_small", "adamw", "ddp", 8, 8, micro=0) - (2 + 2 / 8) * WEIGHTS
+    assert 0 < buffers <= 1.01 * WEIGHTS  # what the replicas exchange
     one = memory_bytes("gpt2_small", "adamw", "ddp", 1, 8, micro=1) - held
     assert one == 1024 * (34 * 12 * 768 + 6 * 50304)
     halves = memory_bytes("gpt2_small", "adamw", "ddp", 1, 8, micro=1, chunks=2) - held
