@@ -11,8 +11,8 @@ Three decisions keep the loop short. The tokens of a step are a function of (see
 torch's random numbers, so resuming is loading weights and optimizer state, nothing else. The
 gradient is the mean over the global batch, however it is cut into processes and micro-batches, so
 that all processes go through this file in the same steps, with the same losses. And figures are
-read from the device one step late, when they have long arrived, so that reading them stalls
-nothing.
+read from the device one step late: that waits for the step before, never for the one just queued,
+so that a GPU always has work.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from runtime.guard import Guard
 from runtime.kernels import kernels, settle_kernels
 from runtime.launch import together
 from runtime.micro_batch import settle_micro_batch
-from runtime.parallel import Parallel, parallelize
+from runtime.parallel import Parallel, check_micro_batches, parallelize
 from runtime.processes import Processes
 from runtime.record import Figures, Record
 from runtime.resume import resume, save
@@ -83,8 +83,11 @@ def train(config: Config, run: Run, processes: Processes, guard: Guard) -> dict[
     guard.pause(0, "building")
     every, device = config.train, Device.choose(config.train, processes)
     corpus = processes.first_then_all(lambda: open_corpus(config.data))
+    processes.agree({"fingerprint": corpus.fingerprint}, "tokens (data.files, data.dir)")
     family, shape = MODELS[config.model["name"]], model_config(config, corpus.tokenizer.vocab_size)
     corpus.check_vocab(shape.vocab_size)
+    if every.compile:  # a sweep's trial before this one compiled with its own kernels
+        torch.compiler.reset()
     torch.manual_seed(config.seed)
     model = device.prepare(family.network(shape), every)
     if config.model["init_from"] is not None and run.start is None:
@@ -111,7 +114,9 @@ def train(config: Config, run: Run, processes: Processes, guard: Guard) -> dict[
     loader = corpus.loader(order, rows=own, pin_memory=pin)
     settle_kernels(every, run, processes, device, shape, optimizer)
     settle_micro_batch(every, run, parallel, optimizer, device, shape.context)
-    rows = every.global_batch // processes.size // accumulation(every, processes.size)
+    count = accumulation(every, processes.size)
+    check_micro_batches(config.parallel, processes, count)
+    rows = every.global_batch // processes.size // count
     validation = Validation(corpus.val, shape.context, every.eval_tokens, rows)
     hellaswag = DuringTraining(config.eval.hellaswag, every, corpus.tokenizer)
     lr_schedule = schedule(config)
@@ -156,7 +161,7 @@ def train(config: Config, run: Run, processes: Processes, guard: Guard) -> dict[
                 guard.beat(step, "update")
             parts = (forward, optimizer, lr_schedule, loader, device, parallel)
             figures = update(config, step, *parts)
-            record.settle(step)  # figures of the step before, which have arrived meanwhile
+            record.settle(step)  # figures of the step before, while the GPU is at this one
             record.expect(figures)
             step += 1
             after_step(step)

@@ -89,7 +89,7 @@ class Validation:
         targets = device.to_device(F.pad(windows[:, 1:], (0, 0, 0, missing), value=IGNORED))
         with device.autocast():
             loss: Tensor = model(inputs, targets, reduction="sum")
-        return loss
+        return loss.clone()  # a CUDA graph's own is overwritten by its next run
 
 
 # ---- command line

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import config as compiler_config
 from torch.nn import attention as torch_attention
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,19 +34,35 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-ROWS = 8  # sequences of the measurement
+ROWS = 32  # sequences of the measurement: enough that a GPU takes longer than its launches
 
 
 @contextmanager
 def attention(name: str) -> Iterator[None]:
     """Within it the kernel is preferred; "default": torch's own order. ConfigError for fa3 where it
-    is not installed."""
+    is not installed.
+
+    What is compiled within has the kernel in its graph, of which torch's caches do not know: they
+    get its name as a part of their keys. A graph that the process itself has compiled before serves
+    again all the same: `torch.compiler.reset` first.
+    """
     if name == "default":
         yield
         return
     order = dict.fromkeys([BACKENDS[name], *BACKENDS.values()])
-    with _installed(name), sdpa_kernel([*order], set_priority=True):
+    tag = f"{compiler_config.cache_key_tag} attention={name}".strip()
+    _begin()
+    keyed = compiler_config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+    with _installed(name), keyed, sdpa_kernel([*order], set_priority=True):
         yield
+
+
+def _begin() -> None:
+    """At its first call on a GPU torch puts an order of its own (cuDNN first, on Hopper) in the
+    place of whichever there is (`priority_order` in its cuda/sdp_utils.cpp): let it be this one."""
+    if torch.cuda.is_initialized():
+        some = torch.zeros(1, 1, 8, 8, device="cuda")
+        F.scaled_dot_product_attention(some, some, some)
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -24,7 +26,8 @@ from runtime.processes import Processes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# dense bf16 peak in FLOP/s by a part of torch's device name (datasheets); first match wins
+# Dense bf16 peak in FLOP/s, with sums in float32 (fp16 of V100 and T4, which have no bf16), by
+# words of torch's device name: NVIDIA's datasheets and white papers
 PEAKS = {
     "GB200": 2.5e15,
     "B200": 2.25e15,
@@ -33,14 +36,18 @@ PEAKS = {
     "H100": 989e12,
     "GH200": 989e12,
     "A100": 312e12,
+    "A100 PCIe": 312e12,
     "A40": 150e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "4090": 165e12,
     "3090": 71e12,
     "V100": 125e12,
     "T4": 65e12,
 }
+# Words that make another card of it, or a part of one, unless PEAKS has them as well
+VARIANTS = {"pcie", "nvl", "mig", "laptop", "ti", "d", "super"}
 
 # As the process began: torch sets it itself once its compiler is imported, which an optimizer does.
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -82,7 +89,10 @@ class Device:
             # What torch compiles is code, to be loaded again: in the user's own folder, where its
             # default is the machine's /tmp. Triton's kernels go there too.
             os.environ[CACHE] = str(Path(train.compile_cache).expanduser().absolute())
-        device = torch.device(best_device() if train.device == "auto" else _parse(train.device))
+        best = best_device()
+        if processes.size > 1 and best != "cuda":
+            best = "cpu"  # mps tensors do not travel
+        device = torch.device(best if train.device == "auto" else _parse(train.device))
         if device.type == "cuda":
             device = _gpu(device.index, processes)
             torch.cuda.set_device(device)
@@ -129,8 +139,8 @@ class Device:
 
     @property
     def peak_flops(self) -> float | None:
-        """Datasheet peak in FLOP/s, or None where it is not known (then no MFU is reported)."""
-        return next((peak for part, peak in PEAKS.items() if part in self.name), None)
+        """Datasheet peak in FLOP/s, or None where it is not known."""
+        return peak_of(self.name)
 
     def memory_gb(self) -> float:
         """Largest memory held so far, in 10^9 bytes: the GPU's, or the process's on a CPU."""
@@ -138,6 +148,22 @@ class Device:
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+    def forget_trials(self) -> None:
+        """Give back the memory of what was only tried on this GPU; `memory_gb` leaves it out."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def peak_of(name: str) -> float | None:
+    """The datasheet's peak of a card, by torch's name for it."""
+    words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    for key, peak in PEAKS.items():
+        own = set(key.lower().split())
+        if own <= words and words & VARIANTS <= own:
+            return peak
+    return None
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, repeat: int = 10) -> float:
@@ -147,13 +173,15 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, repeat: int = 10) -> 
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     onednn = device.type == "cpu" and dtype == torch.float32 and is_faster()
     product = linear if onednn else nn.functional.linear
+    calls = 10 if device.type == "cuda" else 1  # between two waits, each some 10 microseconds
     seconds = []
     for _ in range(repeat):
         _wait(device)
         start = time.perf_counter()
-        product(a, b)
+        for _ in range(calls):
+            product(a, b)
         _wait(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append((time.perf_counter() - start) / calls)
     return 2 * n**3 / statistics.median(seconds)
 
 

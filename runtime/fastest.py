@@ -18,7 +18,8 @@ from runtime.config import AUTO, TrainConfig
 from runtime.processes import Processes
 from runtime.run import Run, recorded
 
-WARM_UP, REPEAT = 3, 10
+WARM_UP, REPEAT = 3, 5  # calls, turns
+CALLS = 10  # of a turn: a GPU computes one while the host launches the next, as in training
 # of the largest entry; products in float32 may run in TF32
 TOLERANCE = {
     torch.float64: 1e-12,
@@ -60,15 +61,19 @@ def settle(
 
 
 def seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Median of a call, from an idle device to an idle device, after some that compile."""
+    """Of one call: the median of turns of CALLS, from an idle device to an idle device, after some
+    calls that compile."""
+    for _ in range(WARM_UP):
+        work()
     taken = []
-    for _ in range(WARM_UP + REPEAT):
+    for _ in range(REPEAT):
         _wait(device)
         start = time.perf_counter()
-        work()
+        for _ in range(CALLS):
+            work()
         _wait(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[WARM_UP:])
+        taken.append((time.perf_counter() - start) / CALLS)
+    return statistics.median(taken)
 
 
 def agree(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> bool:

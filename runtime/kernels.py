@@ -46,6 +46,8 @@ def settle_kernels(
 
     settle(train, "attention", run, processes, of_attention, "default")
     settle(train, "symmetric", run, processes, of_products, AUTO, works)
+    if gpu:
+        device.forget_trials()
 
 
 @contextmanager

@@ -8,7 +8,6 @@ that is continued uses it again, so that it sums in the same order.
 
 from __future__ import annotations
 
-import gc
 from bisect import bisect_right
 from collections.abc import Callable
 
@@ -19,6 +18,7 @@ from optim import Optimizer
 from runtime.config import AUTO, TrainConfig
 from runtime.device import Device
 from runtime.errors import ConfigError
+from runtime.kernels import kernels
 from runtime.parallel import Parallel
 from runtime.run import Run, recorded
 
@@ -54,7 +54,8 @@ def settle_micro_batch(
                 "give a number, or use parallel=ddp"
             )
         held = sum(row["state_bytes"] for row in optimizer.table())
-        own = largest(divisors, lambda n: fits(parallel.model, device, context, n, held))
+        with kernels(train):  # attention=math takes memory that others do not
+            own = largest(divisors, lambda n: fits(parallel.model, device, context, n, held))
         found, why = min(processes.gather(own)), f"the largest that fits on {device.name}"
         if not found:
             raise ConfigError(
@@ -90,6 +91,4 @@ def fits(model: nn.Module, device: Device, context: int, sequences: int, held: i
         return False
     finally:
         model.zero_grad(set_to_none=True)
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device.device)
+        device.forget_trials()

@@ -1,9 +1,9 @@
 """What is kept of a run: metrics, log, header, summary.
 
 The loop hands over each update's figures as tensors that are still being computed (`expect`), and
-asks for them one step later (`settle`), when reading them no longer waits. Every step's loss and
-gradient norm are checked; only every ``logging.every``-th step is written. Of many processes each
-checks, and stops where the others do; rank 0 writes.
+asks for them when it has queued the next update (`settle`), for which reading them does not wait
+(`Later`). Every step's loss and gradient norm are checked; only every ``logging.every``-th step is
+written. Of many processes each checks, and stops where the others do; rank 0 writes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from data.corpus import Corpus
-from optim import Optimizer
+from optim import Optimizer, create_optimizer
 from optim.diagnostics import Diagnostics
 from runtime.config import Config
 from runtime.console import Console
 from runtime.describe import batch_arithmetic, full_table, parameter_table
-from runtime.device import Device
+from runtime.device import DTYPES, Device, matmul_flops
 from runtime.environment import environment
 from runtime.errors import NonFiniteError
 from runtime.files import atomic_write_text, write_json
@@ -43,6 +43,25 @@ class Figures(NamedTuple):
     losses: Tensor  # mean loss of each micro-batch of the global batch, in nats per token
     grad_norm: Tensor  # before clipping
     lr: float
+
+
+class Later:
+    """Numbers that are still being computed, 0-D tensors of one device, to be read on the host. The
+    copy from a GPU is queued here, right behind the work that computes them, and `read` waits for
+    it, but for nothing that is queued later."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self.names, self.arrived = list(values), None
+        self.values = torch.stack(list(values.values())) if values else torch.empty(0)
+        if self.values.is_cuda:
+            self.values = self.values.to("cpu", non_blocking=True)  # into page-locked memory
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> dict[str, float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()  # host sync
+        return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
 class Record:
@@ -70,7 +89,8 @@ class Record:
         self._bigram: float | None = None
         self._pending: Figures | None = None
         self._diagnostics: Diagnostics | None = None
-        self._measured: dict[str, Tensor] = {}  # what they found in the update expected
+        self._figures, self._measured = Later({}), Later({})  # of the update expected
+        self._peak: float | None = None  # FLOP/s of a device
         self._elapsed = 0.0  # seconds of training before this process
         self._best: float | None = None
 
@@ -99,7 +119,7 @@ class Record:
         self.metrics = MetricsLog(run.dir, mirrors, resume_step)
         save_config(run, config)
         write_json(run.dir / "environment.json", environment())
-        rows = optimizer.table()
+        rows = self._whole_table(optimizer)
         atomic_write_text(run.dir / "parameters.txt", full_table(rows) + "\n")
         self.summary["state_bytes"] = sum(row["state_bytes"] for row in rows)
         if config.logging.diagnostics:
@@ -110,18 +130,43 @@ class Record:
         if step or run.continued:
             self.say(f"run {run.dir}: continuing at step {step}")
         else:
-            self._say_header(optimizer)
+            self._say_header(rows)
         self._say_layout(optimizer)
+        self._settle_peak()
         if bigram is not None:
             self.say(
                 f"mark  a byte-bigram model: {bigram:.4f} bits per byte of this validation text"
             )
 
-    def _say_header(self, optimizer: Optimizer) -> None:
+    def _whole_table(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """`Optimizer.table` with the state of all processes, of which each holds a share: that of
+        one process alone, from shapes without values."""
+        if self.processes.size == 1:
+            return optimizer.table()
+        named = []
+        for name, p in self.model.named_parameters():
+            alike = torch.empty(p.shape, dtype=p.dtype, device="meta")
+            named.append((name, alike.requires_grad_(p.requires_grad)))
+        return create_optimizer(named_parameters=named, **self.config.optim).table()
+
+    def _settle_peak(self) -> None:
+        """What mfu is a share of: the datasheet's peak, which is of 16 bits, else on a GPU what a
+        large matrix product reaches."""
+        device, low = self.device, self.device.precision != "fp32"
+        self._peak = device.peak_flops if low else None
+        if self._peak is None and device.device.type == "cuda":
+            self._peak = matmul_flops(device.device, DTYPES[device.precision])
+            device.forget_trials()
+            self.say(
+                f"mfu   of {self._peak / 1e12:.0f} TFLOP/s, measured: no datasheet's peak is known "
+                f"of {device.name} in {device.precision}"
+            )
+
+    def _say_header(self, rows: list[dict[str, Any]]) -> None:
         config, model = self.config, self.model
         flops = model.flops_per_token(self.context)
         text = OmegaConf.to_yaml(OmegaConf.create(asdict(config))).rstrip()
-        self.say(f"run {self.run.dir}\n\n{text}\n\n{parameter_table(optimizer.table())}\n")
+        self.say(f"run {self.run.dir}\n\n{text}\n\n{parameter_table(rows)}\n")
         self.say(
             f"model {model.num_parameters():,} parameters; {flops.palm:,} FLOPs per token "
             f"(PaLM's count; {flops.causal:,} with causal attention)\n"
@@ -158,7 +203,8 @@ class Record:
     def expect(self, figures: Figures) -> None:
         """Take the figures of the update just started, to be settled later."""
         self._pending = figures
-        self._measured = self._diagnostics.take() if self._diagnostics is not None else {}
+        self._figures = Later({"loss": figures.losses.mean(), "norm": figures.grad_norm})
+        self._measured = Later(self._diagnostics.take() if self._diagnostics is not None else {})
 
     def settle(
         self,
@@ -170,11 +216,11 @@ class Record:
         due or there is a validation loss, with the results of ``downstream`` tasks. Raises
         NonFiniteError, naming the step."""
         figures, self._pending = self._pending, None
-        values = {} if figures is None else self._read(figures)
+        values = {} if figures is None else self._read(figures.step, figures.lr)
         shown = {"loss": values["train/loss"], "lr": figures.lr} if figures else {}
         due = figures is not None and step % self.config.logging.every == 0
-        measured, self._measured = self._measured, {}
-        values |= _to_host(measured)
+        measured, self._measured = self._measured.read(), Later({})
+        values |= measured
         if due:
             values |= self._rates(step)
             shown["tokens_per_s"] = values["tokens_per_s"]
@@ -195,16 +241,14 @@ class Record:
         if due:
             self.console.progress(step, **shown)
 
-    def _read(self, figures: Figures) -> dict[str, float]:
-        loss, norm = (
-            figures.losses.mean().item(),
-            figures.grad_norm.item(),
-        )  # host sync, a step late
+    def _read(self, step: int, lr: float) -> dict[str, float]:
+        found = self._figures.read()
+        loss, norm = found["loss"], found["norm"]
         scaled = self.device.scaler.is_enabled()  # then an overflow only skips its update
         for name, value in {"loss": loss, "gradient norm": 0.0 if scaled else norm}.items():
             if not math.isfinite(value):
-                raise NonFiniteError(f"the {name} is {value} at step {figures.step}")
-        return {"train/loss": loss, "lr": figures.lr, "grad_norm": norm}
+                raise NonFiniteError(f"the {name} is {value} at step {step}")
+        return {"train/loss": loss, "lr": lr, "grad_norm": norm}
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
@@ -218,8 +262,9 @@ class Record:
         rate = (step - self._mark) * self.tokens_per_step / max(now - self._marked, 1e-9)
         self._mark, self._marked = step, now
         rates = {"tokens_per_s": round(rate, 1), "memory_gb": round(self.device.memory_gb(), 3)}
-        if (peak := self.device.peak_flops) is not None:
-            rates["mfu"] = round(rate * self.model.flops_per_token(self.context).palm / peak, 4)
+        if self._peak is not None:
+            flops = rate * self.model.flops_per_token(self.context).palm
+            rates["mfu"] = round(flops / (self._peak * self.processes.size), 4)
         return rates
 
     # ---- state ----------------------------------------------------------------------------------
@@ -298,10 +343,3 @@ class Record:
         if self.metrics is not None:
             self.metrics.close()
         self.console.close()
-
-
-def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """The values of 0-D tensors, in one copy from the device."""
-    if not tensors:
-        return {}
-    return dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))

@@ -12,10 +12,12 @@ import torch
 from omegaconf import OmegaConf
 from system import Command, here
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from model import GPT2, GPT2Config
 from optim import create_optimizer, list_optimizers
-from optim.symmetric import WAYS, use, whole
+from optim.symmetric import WAYS, syrk, use, whole
+from runtime.cpu_linear import available, use_onednn
 from runtime.fastest import settle
 from runtime.processes import Processes
 from runtime.symmetric import Product, measure, products
@@ -96,6 +98,27 @@ def test_the_fastest_is_taken_noted_and_kept(tmp_path: Path) -> None:
     )
     OmegaConf.save({"train": {"symmetric": "kernel"}}, tmp_path / "config.yaml")
     assert settled("auto", times)[0] == "blocks"  # begun where there was a kernel
+
+
+def test_what_is_chosen_for_the_process_is_in_the_graph() -> None:
+    """And so in the key of torch's cache of compiled graphs: unlike attention's kernel."""
+    ways, linear, x = set(), list[str](), torch.randn(1, 600, 8)
+    for way in ("whole", "blocks"):
+        with use(way):
+            ways.add(make_fx(lambda x: syrk(x))(x).code)
+    assert len(ways) == 2
+
+    def keep(graph: Any, given: Any) -> Any:
+        linear.append(graph.code)
+        return graph.forward
+
+    tokens = torch.zeros(1, SHAPE.context, dtype=torch.int64)
+    for choice in ("torch", "onednn") if available() else ():
+        torch.compiler.reset()
+        model = GPT2(SHAPE)
+        use_onednn(model, choice)
+        torch.compile(model, backend=keep, dynamic=False)(tokens, tokens)
+    assert len(set(linear)) == len(linear)
 
 
 def test_train_takes_the_way_that_it_is_told(

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from system import Command, here
+from torch import Tensor
+from torch.compiler import config as compiler_config
 from torch.nn import attention as torch_attention
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT2Config
+from runtime import micro_batch
 from runtime.attention import BACKENDS, attention, measure
 from runtime.device import Device
 from runtime.errors import ConfigError
 from runtime.fastest import agree
 from runtime.micro_batch import largest
+from runtime.processes import Processes
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5, 48, 100])
@@ -86,3 +94,48 @@ def test_the_preferred_kernel_goes_first() -> None:
     with attention("default"):
         assert torch._C._get_sdp_priority_order() == before
     assert torch._C._get_sdp_priority_order() == before
+
+
+def test_a_micro_batch_is_tried_with_the_kernel_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a GPU, which fits twelve of it: math takes more memory than others do."""
+    first: set[int] = set()
+
+    def fits(model: Any, device: Any, context: int, sequences: int, held: int) -> bool:
+        first.add(torch._C._get_sdp_priority_order()[0])
+        return sequences <= 12
+
+    monkeypatch.setattr(micro_batch, "fits", fits)
+    train: Any = SimpleNamespace(
+        global_batch=48, micro_batch="auto", attention="math", symmetric="auto"
+    )
+    run: Any = SimpleNamespace(dir=tmp_path, notes=[])
+    parallel: Any = SimpleNamespace(processes=Processes(), mesh=None, model=None)
+    optimizer: Any = SimpleNamespace(table=lambda: [])
+    gpu: Any = SimpleNamespace(device=torch.device("cuda"), name="a GPU")
+    micro_batch.settle_micro_batch(train, run, parallel, optimizer, gpu, context=32)
+    assert train.micro_batch == 12 and first == {SDPBackend.MATH.value}
+
+
+@pytest.mark.slow
+def test_the_compilers_cache_keeps_kernels_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not do so by itself: which kernel attention takes is no part of its key."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    query = torch.randn(1, 2, 8, 16)
+
+    def work(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    def ran(name: str) -> bool:
+        """Whether the flash kernel did. A CPU heeds no order, only what is allowed."""
+        torch.compiler.reset()
+        allowed = sdpa_kernel(BACKENDS[name])
+        with attention(name), allowed, torch.profiler.profile() as profile:
+            torch.compile(work, dynamic=False)(query)
+        return any("flash" in event.key for event in profile.key_averages())
+
+    assert [ran(name) for name in ("flash", "math", "flash")] == [True, False, True]
+    assert compiler_config.cache_key_tag == ""
