@@ -10,13 +10,14 @@ hang or a full memory costs the rest nothing:
 
     card         name, versions, memory; the matrix-product and copy rates that the rest is held to
     speed        scripts/gpu_speed.py: tokens/s, MFU, memory, compile time by model size, and plain,
-                 which is the same network as nanoGPT trains it
+                 which is the same network as nanoGPT trains it; a start of train.py, cold and warm
     optimizers   scripts/gpu_optimizers.py: one update of each optimizer; symmetric products
     claims       scripts/gpu_claims.py, what the tests marked gpu hold
     training     scripts/gpu_training.py: real runs of train.py with three optimizers, their curves
 
 Time that a part leaves goes to those after it. Rows that were not reached say so: compiling
-everything takes longer than 8 minutes, so what is asked for most often comes first in each part.
+everything takes longer than 8 minutes, so what a target wants comes first in each part
+(scripts/gpu_plan.py); what each technique gained wants `--only speed`.
 
 OUT_DIR gets gpu_check.json (every figure, and each target with its verdict), benchmarks.md (the
 same as tables), gpu_check.log, and training/ with runs, curves.csv and pictures. JSON and tables
@@ -56,11 +57,11 @@ MINUTES = 7.8  # for all parts together
 GRACE = 10.0  # seconds between a part's own deadline and its end by force
 
 PARTS: dict[str, tuple[Callable[[Part], None], float]] = {  # and share of the time
-    "card": (card, 0.04),
-    "speed": (measure_speed, 0.45),
-    "optimizers": (time_optimizers, 0.14),
-    "claims": (hold_claims, 0.12),
-    "training": (train_for_real, 0.25),
+    "card": (card, 0.08),
+    "speed": (measure_speed, 0.50),
+    "optimizers": (time_optimizers, 0.12),
+    "claims": (hold_claims, 0.10),
+    "training": (train_for_real, 0.20),
 }
 
 

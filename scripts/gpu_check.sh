@@ -5,7 +5,8 @@
 #
 # Tables and verdicts on the terminal and in OUT_DIR/benchmarks.md, every figure in gpu_check.json,
 # real runs with their curves in training/ (OUT_DIR: outputs/gpu_check). DATA="data=text ..." gives
-# them another text than the Python standard library.
+# them another text than the Python standard library; relative paths in it begin at the repository's
+# root, and data.tokenizer=gpt2 wants the network or GPT2_BPE_DIR=FOLDER (README.md, Data).
 # Needs torch, numpy, tiktoken and hydra-core. --smoke tries the script itself on any machine.
 set -euo pipefail
 

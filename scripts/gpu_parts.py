@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 
 from runtime.device import DTYPES, Device, matmul_flops
-from scripts.gpu_claims import claims
+from scripts.gpu_claims import claims, needed
 from scripts.gpu_invariants import configuration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ class Part:
 
     device: torch.device
     deadline: float  # of time.monotonic()
-    smoke: bool  # toy sizes, nothing compiled but one claim
+    smoke: bool  # toy sizes, nothing compiled
     rows: IO[str]
     out: Path  # for what is larger than a row
     earlier: Path  # the rows of other parts, as <part>.jsonl
@@ -41,7 +41,7 @@ class Part:
 
     def report(self, **row: Any) -> None:
         """Print a row and keep it, also if the process dies after it."""
-        print("   " + "  ".join(f"{k} {short(v)}" for k, v in row.items()), flush=True)
+        print("   " + "  ".join(f"{k} {short(v)}" for k, v in row.items() if v != ""), flush=True)
         self.own.append(row)
         self.rows.write(json.dumps(row) + "\n")
         self.rows.flush()
@@ -89,36 +89,44 @@ def read_rows(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text().splitlines(True) if line.endswith("\n")]
 
 
+COPIES = 10  # between two waits, each some 10 microseconds
+
+
 def copy_rate(part: Part) -> float:
     """Bytes per second, read and written, of a copy that no cache holds."""
     elements = 2**16 if part.smoke else 2**28
     source = torch.zeros(elements, device=part.device, dtype=torch.float32)
     target = torch.empty_like(source)
-    for _ in range(3):
-        target.copy_(source)
-    return 8 * elements / part.median(lambda: target.copy_(source), 10)
+
+    def copies() -> None:
+        for _ in range(COPIES):
+            target.copy_(source)
+
+    copies()
+    return 8 * elements * COPIES / part.median(copies, 5)
 
 
 def card(part: Part) -> None:
-    device = Device.choose(configuration(f"train.device={part.device.type}").train)
+    """What it is first: a first call of CUDA has taken longer than this part may."""
     gpu = part.device.type == "cuda"
+    device = Device.choose(configuration(f"train.device={part.device.type}").train)
     part.report(
         device=device.name,
         precision=device.precision,
         datasheet_tflops=None if device.peak_flops is None else device.peak_flops / 1e12,
-        matmul_tflops=matmul_flops(part.device, DTYPES[device.precision], 30) / 1e12,
-        copy_tb_per_s=copy_rate(part) / 1e12,
         memory_gb=torch.cuda.get_device_properties(0).total_memory / 1e9 if gpu else None,
         torch=torch.__version__,
         cuda=torch.version.cuda,
         python=sys.version.split()[0],
     )
+    rate = matmul_flops(part.device, DTYPES[device.precision], 30)
+    part.report(matmul_tflops=rate / 1e12, copy_tb_per_s=copy_rate(part) / 1e12)
 
 
 def hold_claims(part: Part) -> None:
     for name, claim in claims(["adamw"] if part.smoke else None).items():
-        if part.left() < 0:
-            part.report(claim=name, skipped="no time left")
+        if part.left() < needed(claim) and not part.smoke:
+            part.report(claim=name, skipped=f"{needed(claim):.0f} s needed, {part.left():.0f} left")
             continue
         with part.attempt(claim=name) as row:
             start = time.monotonic()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import math
 import tempfile
+import time
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -14,21 +15,25 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from eval.loss import Validation
 from model import GPT2, GPT2Config
 from optim import create_optimizer
 from optim.symmetric import WAYS, use
 from runtime.attention import attention, measure
 from runtime.config import AUTO, schedule
 from runtime.device import DTYPES, Device
+from runtime.kernels import kernels
 from runtime.micro_batch import CPU_TOKENS, fits
 from runtime.symmetric import works
 from scripts.gpu_invariants import (
+    KERNELS,
     TINY,
     SameBatch,
     compiled_equals,
     compiling_nothing,
     configuration,
     full_float32,
+    keep_busy,
     no_waiting,
 )
 from scripts.gpu_wrappers import one_process, steppers
@@ -46,26 +51,34 @@ def choose(device: torch.device, *overrides: str) -> Device:
 
 
 def batches_arrive(device: torch.device) -> None:
-    """Each is whole when the main queue reads it, and was copied while that queue was busy."""
-    run, busy = choose(device), torch.randn(2048, 2048, device=device)
+    """Each is whole when the main queue reads it, and was copied while that queue was busy: for
+    many times as long as this host needs to queue the copies."""
+    run, gpu = choose(device), device.type == "cuda"
     batches = [torch.randint(50257, (16, 1025)) for _ in range(8)]
-    if device.type == "cuda":
+    if gpu:
         batches = [batch.pin_memory() for batch in batches]
-        run.to_device(batches[0])  # makes the queue
+        for batch in batches:  # makes the queue, and the memory that is used again
+            run.to_device(batch)
+        torch.cuda.synchronize()
+
+    def read() -> list[torch.Tensor]:
+        return [run.to_device(batch) + 1 for batch in batches]
+
+    start = time.perf_counter()
+    read()
+    host = time.perf_counter() - start
     with no_waiting(device):
-        for _ in range(200 if device.type == "cuda" else 1):
-            busy = F.normalize(busy @ busy)
-        if device.type == "cuda":
+        if gpu:
+            keep_busy(0.2 + 20 * host)
             finished = torch.cuda.Event()
             finished.record()
-            first = run.to_device(batches[0])
-        read = [run.to_device(batch) + 1 for batch in batches]
-    if device.type == "cuda":
+        first, found = run.to_device(batches[0]), read()
+    if gpu:
         run._copies.synchronize()  # waits for no more than the copies
         if finished.query():
             raise AssertionError("the copies waited for the work before them")
-        torch.testing.assert_close(first.cpu(), batches[0], atol=0, rtol=0)
-    for given, batch in zip(read, batches, strict=True):
+    torch.testing.assert_close(first.cpu(), batches[0], atol=0, rtol=0)
+    for given, batch in zip(found, batches, strict=True):
         torch.testing.assert_close(given.cpu(), batch + 1, atol=0, rtol=0)
 
 
@@ -157,9 +170,10 @@ def wrapped_equals_unwrapped(device: torch.device) -> dict[str, Any]:
     """Ten updates of two micro-batches in float32: rounding apart, the same losses."""
     settings = ["train.global_batch=8", "train.micro_batch=4", "train.precision=fp32"]
     settings += [f"train.device={device.type}", "optim.lr=1e-3", "model.context=32"]
-    with full_float32(), one_process():
+    with one_process():
         steps = steppers(settings)
-        losses = {name: [step(i) for i in range(10)] for name, step in steps.items()}
+        with full_float32():  # from here on: who chooses a device allows TF32
+            losses = {name: [step(i) for i in range(10)] for name, step in steps.items()}
     plain = losses.pop("none")
     differs = {
         name: max(abs(a - b) for a, b in zip(found, plain, strict=True))
@@ -196,9 +210,10 @@ def largest_micro_batch_fits(device: torch.device) -> dict[str, Any]:
     return {"found": found}
 
 
-def compiled_update_follows_lr(device: torch.device) -> None:
+def compiled_update_follows_lr(name: str, device: torch.device) -> None:
     """train.py's own update, model and optimizer compiled, with another lr at each step."""
     config = configuration(
+        f"optim={name}",
         f"train.device={device.type}",
         "train.global_batch=8",
         "train.micro_batch=4",
@@ -222,8 +237,36 @@ def compiled_update_follows_lr(device: torch.device) -> None:
             update(config, step, forward, optimizer, lr_schedule, batches, run)
             for step in range(3, 20)
         ]
+    if not optimizer._compiled and name not in KERNELS:
+        raise AssertionError("nothing of the optimizer was compiled")
     if len({f.lr for f in figures}) < 15:
         raise AssertionError(f"the lr did not change: {[f.lr for f in figures]}")
     first, last = (f.losses.mean().item() for f in (figures[0], figures[-1]))
     if not last < first - 0.1:  # also where it is not finite
         raise AssertionError(f"the loss went from {first:.4f} to {last:.4f} in 20 steps")
+
+
+def graphs_equal_plain(device: torch.device) -> dict[str, Any]:
+    """Updates, an evaluation of several batches, and both again, as CUDA graphs and as they are, in
+    float32: rounding apart, the same losses."""
+    given = ["model.n_layer=1", "model.n_head=2", "model.n_embd=64", "model.context=16"]
+    given += ["model.vocab_size=50257", f"train.device={device.type}", "train.global_batch=4"]
+    given += ["train.precision=fp32", "optim.lr=1e-2"]
+    graphs = ["train.compile=true", "train.compile_mode=reduce-overhead"]
+    losses: list[list[float]] = []
+    for own in ([], graphs):
+        with tempfile.TemporaryDirectory() as name, redirect_stdout(io.StringIO()):
+            config = settled(Path(name), [*given, *own])
+            corpus = random_corpus(Path(name) / "ids", config, 100_000)
+            training = Training(config, corpus)
+            validation = Validation(corpus.val, 16, 14 * 16, 4)  # four, the last not full
+            with kernels(config.train), full_float32():
+                losses.append([])
+                for _ in range(2):
+                    losses[-1] += [training.step().losses.mean().item() for _ in range(3)]
+                    losses[-1].append(validation.loss(training.forward, training.device))
+            training.close()
+    differs = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    if not differs < 1e-4:
+        raise AssertionError(f"losses {losses[0]} plain, {losses[1]} by CUDA graphs")
+    return {"differs": differs}

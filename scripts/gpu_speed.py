@@ -2,18 +2,20 @@
 
 Our side is scripts/bench_train.py, case by case. *plain* is the same network as nanoGPT trains it:
 erf GELU, no biases, the spare rows of the vocabulary in the softmax, bf16 autocast,
-``torch.compile``, torch's fused AdamW and clip, torch's own choice of an attention kernel. *plain
-mars* is that with attention as a matrix of weights and MARS-AdamW as a Python loop with a branch on
-each norm, which is how MARS's authors train.
+``torch.compile``, torch's fused AdamW and clip, torch's own choice of an attention kernel. *mars
+pair* holds our step with MARS-AdamW against that with attention as a matrix of weights and
+MARS-AdamW as a Python loop with a branch on each norm, which is how MARS's authors train; both of a
+quarter of GPT-2 small. Which rows there are and in which order: scripts/gpu_plan.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,76 +25,47 @@ from torch import nn
 
 from data.corpus import open_corpus
 from model import GPT2
+from optim import create_optimizer
 from runtime.attention import attention
 from runtime.config import AUTO, Config, model_config, schedule
 from runtime.device import DTYPES, Device, matmul_flops
+from runtime.kernels import kernels
+from runtime.parallel import parallelize
+from runtime.processes import Processes
 from scripts import bench_train
 from scripts.bench_optim import MarsLoop
 from scripts.gpu_invariants import SameBatch
 from scripts.gpu_invariants import configuration as composed
 from scripts.gpu_parts import Part, Row, toy
+from scripts.gpu_plan import BATCH, MICRO, ORDER, QUARTER, TOY_ORDER, Plan, Setting
 from scripts.gpu_wrappers import turns
 from scripts.training import configuration
+from train import update
 
 PLAIN = ("model.bias=false", "model.exact_gelu=true", "model.mask_padding=false")
-LAYERS = {"small": 12, "medium": 24, "large": 36, "xl": 48}
-# sequences of a micro-batch, of which 480 is a multiple: first tries, on a card of 80 GB
-MICRO = {"small": 32, "medium": 32, "large": 32, "xl": 16}
-BATCH = 480
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row: ``kind`` of side, ``optimizer`` of ours, ``step_s`` a guess at one update of 480
-    sequences on an H100, for the plan of the time."""
-
-    size: str
-    kind: str  # of MEASURE
-    compile: bool
-    step_s: float
-    optimizer: str = "adamw"
-
-
-ORDER = (  # what is asked for most often first
-    Setting("small", "ours", True, 1.0),
-    Setting("small", "plain", True, 1.5),
-    Setting("small", "start", True, 1.0),
-    Setting("large", "ours", True, 5.0),
-    Setting("medium", "ours", True, 2.5),
-    Setting("small", "wrappers", False, 2.0),
-    Setting("small", "ours", False, 2.0),
-    Setting("small", "ours", True, 1.0, "mars_adamw"),
-    Setting("small", "plain mars", True, 4.0),
-    Setting("small", "ours", True, 1.0, "muon"),
-    Setting("xl", "ours", True, 10.0),
-    Setting("medium", "plain", True, 3.5),
-    Setting("large", "plain", True, 7.0),
-)
-STEPS = 5  # updates of a row: the one that compiles, one to warm up, three turns
+COMPILE = {
+    "whole": ("train.compile=true",),
+    "blocks": ("train.compile=true", "train.compile_blocks=true"),
+    "no": ("train.compile=false",),
+}
 
 
 def measure_speed(part: Part) -> None:
     """Each row with what was found before: the micro-batch that fits, seconds to compile a layer,
     and how much faster or slower than the guess this card is."""
     micro: dict[str, int] = {}
-    per_layer, pace = 2.0, 1.0  # until there is a reading
-    for setting in ORDER:
-        size, known = setting.size, setting.size in micro and setting.kind == "ours"
-        compiling = per_layer * LAYERS[size] * (0.3 if known else 1.0) * setting.compile
-        needed = 5 + compiling + pace * setting.step_s * STEPS
-        row: Row = {"size": size, "setting": setting.kind, "optimizer": setting.optimizer}
-        row["compile"] = setting.compile
+    plan = Plan()
+    for setting in TOY_ORDER if part.smoke else ORDER:
+        needed = plan.needed(setting)
         if part.left() < needed and not part.smoke:
-            part.report(**row, skipped=f"{needed:.0f} s needed, {part.left():.0f} left")
+            part.report(**setting.own, skipped=f"{needed:.0f} s needed, {part.left():.0f} left")
             continue
-        with part.attempt(**row) as result:
-            result |= MEASURE[setting.kind](part, setting, micro.get(size))
-            if "step_ms" not in result:
-                continue
-            micro[size] = result["micro_batch"]
-            pace = 1e-3 * result["step_ms"] * BATCH / result["global_batch"] / setting.step_s
-            if setting.compile and not known:
-                per_layer = result["first_step_s"] / LAYERS[size]
+        with part.attempt(**setting.own) as result:
+            result |= MEASURE[setting.kind](part, setting, micro.get(setting.size))
+            if setting.kind in LEARNT and not setting.extra:
+                micro[setting.size] = result["micro_batch"]
+                scale = setting.sequences / result["global_batch"]  # another where little fits
+                plan.learn(setting, 1e-3 * scale * result["step_ms"], result["first_step_s"])
         part.clear()
 
 
@@ -102,14 +75,16 @@ def ours(part: Part, setting: Setting, micro: int | None) -> Row:
     tries: list[int | str] = [2] if part.smoke else [micro or MICRO[setting.size], AUTO]
     rows: list[Row] = []
     for size in tries:
-        count = BATCH // size if isinstance(size, int) and not part.smoke else 2
+        own = BATCH // size if isinstance(size, int) else 1  # of auto bench_train knows
+        count = setting.micro_batches or (2 if part.smoke else own)
         with contextlib.redirect_stdout(sys.stderr):  # its table, into the log
             (row,) = bench_train.run([
                 *("--models", f"gpt2_{setting.size}", "--optimizers", setting.optimizer),
                 *("--micro-batches", str(size), "--accumulation", str(count)),
-                *("--compile", str(setting.compile and not part.smoke).lower()),
-                *("--warm-up", "1", "--steps", "1", "--repeat", "1" if part.smoke else "3"),
+                *("--compile", str(setting.compile != "no" and not part.smoke).lower()),
+                *("--warm-up", "0", "--steps", "1", "--repeat", "1" if part.smoke else "3"),
                 *("--device", part.device.type, *toy(part.smoke)),
+                *overrides_of(part, setting)[1:],  # bench_train says itself whether it compiles
             ])  # fmt: skip
         rows.append(row)
         if "OutOfMemoryError" not in row.get("error", ""):
@@ -117,8 +92,13 @@ def ours(part: Part, setting: Setting, micro: int | None) -> Row:
         part.clear()
     if "error" in rows[-1]:
         raise RuntimeError(rows[-1]["error"])
-    kept = ("model", "compile")  # said already
-    return {key: value for key, value in rows[-1].items() if key not in kept}
+    return {key: value for key, value in rows[-1].items() if key not in ("model", "compile")}
+
+
+def overrides_of(part: Part, setting: Setting) -> list[str]:
+    """How it is compiled, and what the row is about."""
+    compile = COMPILE["no" if part.smoke else setting.compile]
+    return [*compile, *([setting.extra] if setting.extra else [])]
 
 
 def plain(part: Part, setting: Setting, micro: int | None) -> Row:
@@ -132,54 +112,77 @@ def plain(part: Part, setting: Setting, micro: int | None) -> Row:
 
 
 def plain_with(part: Part, setting: Setting, micro: int) -> Row:
-    batch = 4 if part.smoke else BATCH
-    overrides = [f"model=gpt2_{setting.size}", "model.vocab_size=50257", *PLAIN, *toy(part.smoke)]
-    overrides += [f"train.global_batch={batch}", f"train.micro_batch={micro}"]
-    overrides += [f"train.device={part.device.type}"]
-    optimizer, kernel = {"plain": (fused_adamw, "default"), "plain mars": (mars_loop, "math")}[
-        setting.kind
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        config = configuration(Path(folder), overrides)
-    device, shape = Device.choose(config.train), model_config(config, 50257)
-    torch.manual_seed(0)
-    with torch.device(device.device):
-        model = GPT2(shape)
-    batches = SameBatch(batch, shape, device.device)
-    step = plain_step(config, model, batches, device, optimizer(model, config.optim["lr"]))
-    with attention(kernel):
-        first = part.seconds(lambda: step(0))
-        step(1)
-        seconds = part.median(lambda: step(2), 3)
-    tokens = batch * shape.context
-    rate = matmul_flops(device.device, DTYPES[device.precision])
-    flops = model.flops_per_token(shape.context)
+    own = plain_side(part, setting, micro, (), fused_adamw)
+    first = part.seconds(own.step)
+    seconds = part.median(own.step, 1 if part.smoke else 3)
+    tokens = own.config.train.global_batch * own.model.config.context
+    rate = matmul_flops(part.device, DTYPES[own.device.precision])
+    flops = own.model.flops_per_token(own.model.config.context)
     return {
         "micro_batch": micro,
-        "global_batch": batch,
-        "precision": device.precision,
-        **bench_train.shares(device, flops, tokens / seconds, rate),
-        "memory_gb": device.memory_gb(),
+        "global_batch": own.config.train.global_batch,
+        "precision": own.device.precision,
+        **bench_train.shares(own.device, flops, tokens / seconds, rate),
+        "memory_gb": own.device.memory_gb(),
         "step_ms": 1e3 * seconds,
         "first_step_s": first,
     }
 
 
-def start(part: Part, setting: Setting, micro: int | None) -> Row:
-    """Seconds from the start of ``python train.py`` to the end of its first update: data prepared,
-    and compiled by the rows before."""
+def mars_pair(part: Part, setting: Setting, micro: int | None) -> Row:
+    """A quarter of the model (`QUARTER`) with MARS-AdamW, ours and plain with attention as a matrix
+    of weights, in turns."""
     micro = 2 if part.smoke else micro or MICRO[setting.size]
-    kernel = next((row["attention"] for row in part.own if "attention" in row), "auto")
+    theirs = plain_side(part, setting, micro, QUARTER, mars_loop)
+    mine = our_side(part, setting, micro, QUARTER)
+    with attention("math"):
+        plain_first = part.seconds(theirs.step)
+    first = part.seconds(mine.step)
+    turns: list[tuple[float, float]] = []
+    for _ in range(1 if part.smoke else 3):
+        with attention("math"):
+            slow = part.seconds(theirs.step)
+        turns.append((slow, part.seconds(mine.step)))
+    seconds = statistics.median(own for _, own in turns)
+    return {
+        "micro_batch": micro,
+        "global_batch": mine.config.train.global_batch,
+        "precision": mine.device.precision,
+        "tokens_per_s": mine.config.train.global_batch * mine.model.config.context / seconds,
+        "step_ms": 1e3 * seconds,
+        "plain_ms": 1e3 * statistics.median(slow for slow, _ in turns),
+        "times_plain": statistics.median(slow / own for slow, own in turns),
+        "first_step_s": first,
+        "plain_first_step_s": plain_first,
+    }
+
+
+def found_attention(part: Part) -> str:
+    """The kernel that a row of ours has measured to be the fastest."""
+    return next((row["attention"] for row in part.own if "attention" in row), "default")
+
+
+def start(part: Part, setting: Setting, micro: int | None) -> Row:
+    """Seconds from the start of ``python train.py`` to the end of its first update, data prepared:
+    with nothing compiled, then with what that start has compiled. The rows after it find that, too:
+    the cache is theirs."""
+    micro = 2 if part.smoke else micro or MICRO[setting.size]
     settings = [
         *(f"model=gpt2_{setting.size}", "model.vocab_size=50257", *toy(part.smoke)),
-        *(f"train.device={part.device.type}", f"train.compile={str(not part.smoke).lower()}"),
+        *(f"train.device={part.device.type}", *overrides_of(part, setting)),
         *(f"train.global_batch={micro}", f"train.micro_batch={micro}", "train.steps=1"),
-        *(f"train.attention={kernel}", "train.eval_every=0", "train.checkpoint_every=0"),
-        *("train.sample_tokens=0", "logging.every=1", "logging.picture=false"),
+        *("train.eval_every=0", "train.checkpoint_every=0", "train.sample_tokens=0"),
+        *("logging.every=1", "logging.picture=false"),
+        f"train.compile_cache={os.environ['TORCHINDUCTOR_CACHE_DIR']}",
     ]
     open_corpus(composed(*settings).data)  # prepares it
     with tempfile.TemporaryDirectory() as folder:
-        return {"start_s": bench_train.first_step(Path(folder) / "run", settings)}
+        cold = bench_train.first_step(Path(folder) / "cold", settings)
+        part.report(**setting.own, start_cold_s=cold)  # also if there is no time for the other
+        return {
+            "start_cold_s": cold,
+            "start_warm_s": bench_train.first_step(Path(folder) / "warm", settings),
+        }
 
 
 def wrappers(part: Part, setting: Setting, micro: int | None) -> Row:
@@ -198,11 +201,94 @@ def wrappers(part: Part, setting: Setting, micro: int | None) -> Row:
 
 MEASURE: dict[str, Callable[[Part, Setting, int | None], Row]] = {
     "ours": ours,
+    "one micro-batch": ours,
     "start": start,
     "wrappers": wrappers,
     "plain": plain,
-    "plain mars": plain,
+    "mars pair": mars_pair,
 }
+LEARNT = ("ours", "plain")  # of which a later row's time and micro-batch can be told
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model that is trained: `step` makes one update, on the same batch again and again."""
+
+    config: Config
+    device: Device
+    model: GPT2
+    step: Callable[[], None]
+
+
+def settled(
+    part: Part, setting: Setting, micro: int, overrides: Sequence[str]
+) -> tuple[Config, Device]:
+    batch = 4 if part.smoke else BATCH
+    own = [f"train.global_batch={batch}", f"train.micro_batch={micro}", *overrides]
+    with tempfile.TemporaryDirectory() as folder:
+        config = configuration(
+            Path(folder),
+            [
+                *(f"model=gpt2_{setting.size}", f"train.device={part.device.type}"),
+                *("model.vocab_size=50257", *own, *toy(part.smoke)),
+            ],
+        )
+    return config, Device.choose(config.train)
+
+
+def our_side(part: Part, setting: Setting, micro: int, overrides: Sequence[str]) -> Side:
+    """train.py's own update, compiled as a whole."""
+    own = [f"optim={setting.optimizer}", *overrides_of(part, setting), *overrides]
+    own += [f"train.attention={found_attention(part)}"]
+    config, device = settled(part, setting, micro, own)
+    torch.manual_seed(0)
+    model = device.prepare(GPT2(model_config(config, 50257)), config.train)
+    parallel = parallelize(
+        model, config.parallel, Processes(), device.device, config.train.compiling
+    )
+    optimizer = create_optimizer(
+        named_parameters=model.named_parameters(), compile=config.train.compile, **config.optim
+    )
+    batches = SameBatch(config.train.global_batch, model.config, device.device)
+    parts = (parallel.forward, optimizer, schedule(config), batches, device, parallel)
+
+    def step() -> None:
+        with kernels(config.train):
+            update(config, 0, *parts)
+
+    return Side(config, device, model, step)
+
+
+def plain_side(
+    part: Part,
+    setting: Setting,
+    micro: int,
+    overrides: Sequence[str],
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer],
+) -> Side:
+    """As nanoGPT trains: compiled model, torch's clip, fused or looped optimizer."""
+    config, device = settled(part, setting, micro, [*PLAIN, *overrides])
+    torch.manual_seed(0)
+    with torch.device(device.device):
+        model = GPT2(model_config(config, 50257))
+    forward: Any = model if part.smoke else torch.compile(model)
+    rule, lr_schedule = optimizer(model, config.optim["lr"]), schedule(config)
+    batches = SameBatch(config.train.global_batch, model.config, device.device)
+
+    def step() -> None:
+        for group in rule.param_groups:
+            group["lr"] = config.optim["lr"] * lr_schedule(0)
+        micros = batches.tokens.split(micro)
+        for some in micros:
+            tokens = some.to(device.device, non_blocking=True)
+            with device.autocast():
+                loss = forward(tokens[:, :-1], tokens[:, 1:]) / len(micros)
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rule.step()
+        rule.zero_grad(set_to_none=True)
+
+    return Side(config, device, model, step)
 
 
 def fused_adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -216,43 +302,18 @@ def mars_loop(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return MarsLoop(model.parameters())
 
 
-def plain_step(
-    config: Config,
-    model: GPT2,
-    batches: SameBatch,
-    device: Device,
-    optimizer: torch.optim.Optimizer,
-) -> Callable[[int], None]:
-    """nanoGPT's: compiled model, torch's clip, fused or looped optimizer."""
-    forward: Any = torch.compile(model)
-    lr_schedule = schedule(config)
-
-    def step(number: int) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = config.optim["lr"] * lr_schedule(number)
-        micros = batches.batch(number).split(config.train.micro_batch or len(batches.tokens))
-        for micro in micros:
-            tokens = micro.to(device.device, non_blocking=True)
-            with device.autocast():
-                loss = forward(tokens[:, :-1], tokens[:, 1:]) / len(micros)
-            loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def step_seconds(rows: list[Row], size: str, compile: bool = True) -> tuple[float, float] | None:
-    """Of one update of 480 sequences with AdamW: in all, and of it the optimizer."""
+def step_seconds(rows: list[Row], size: str, compile: bool) -> tuple[float, float] | None:
+    """Of one update of 480 sequences with AdamW: in all, and of it the optimizer; of the fastest
+    row there is."""
+    own = {"size": size, "setting": "ours", "optimizer": "adamw", "with": ""}
     found = [
         row
         for row in rows
-        if (row["size"], row["setting"], row["optimizer"], row["compile"])
-        == (size, "ours", "adamw", compile)
+        if all(row[key] == value for key, value in own.items())
+        and (row["compile"] != "no") == compile
         and "tokens_per_s" in row
     ]
     if not found:
         return None
-    row = found[0]
+    row = max(found, key=lambda row: row["tokens_per_s"])
     return BATCH * row["context"] / row["tokens_per_s"], 1e-3 * row["optimizer_ms"]

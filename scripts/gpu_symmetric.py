@@ -26,23 +26,22 @@ WAYS: dict[str, Way] = {
 NEEDED = 10.0  # seconds of a size, of which Triton's compiler takes most
 
 
-def time_products(part: Part) -> None:
-    for size, (layers, width) in SIZES.items():
-        if part.left() < NEEDED and not part.smoke:
-            part.report(size=size, product="x x^T", skipped="no time left")
-            continue
-        n, d = (2, 32) if part.smoke else (layers, width)
-        x = torch.randn(n, d, 4 * d, device=part.device).bfloat16()
-        square = syrk(x)
-        works: dict[str, Callable[[], Tensor]] = {
-            f"x x^T, {n} x {d} x {4 * d}": partial(syrk, x),
-            f"A^2 + A, {n} x {d} x {d}": partial(syrk, square, square),
-            f"Newton-Schulz, {n} x {d} x {4 * d}": partial(newton_schulz, x),
-        }
-        for name, work in works.items():
-            with part.attempt(size=size, product=name) as row:
-                row |= compare(part, work)
-        part.clear()
+def time_products(part: Part, size: str) -> None:
+    if part.left() < NEEDED and not part.smoke:
+        part.report(size=size, product="x x^T", skipped=f"{part.left():.0f} s left")
+        return
+    n, d = (2, 32) if part.smoke else SIZES[size]
+    x = torch.randn(n, d, 4 * d, device=part.device).bfloat16()
+    square = syrk(x)
+    works: dict[str, Callable[[], Tensor]] = {
+        f"x x^T, {n} x {d} x {4 * d}": partial(syrk, x),
+        f"A^2 + A, {n} x {d} x {d}": partial(syrk, square, square),
+        f"Newton-Schulz, {n} x {d} x {4 * d}": partial(newton_schulz, x),
+    }
+    for name, work in works.items():
+        with part.attempt(size=size, product=name) as row:
+            row |= compare(part, work)
+    part.clear()
 
 
 def compare(part: Part, work: Callable[[], Tensor]) -> Row:

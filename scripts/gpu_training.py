@@ -2,14 +2,16 @@
 
 The text is what train.py has by default, the Python standard library as bytes, unless the
 environment variable DATA gives overrides of data, such as
-``DATA="data=text data.files=[a.txt] data.tokenizer=gpt2"``. The vocabulary is GPT-2's in any case.
-All runs have the same batches, as many as the time allows at the rate that ``speed`` has measured;
-they are compiled where there is time for it. Run folders, curves.csv and pictures stay in
-OUT_DIR/training.
+``DATA="data=text data.files=[a.txt] data.tokenizer=gpt2"``. Paths in it are absolute, or from the
+root of this repository; GPT-2's tokenizer wants the network or GPT2_BPE_DIR. The vocabulary is
+GPT-2's in any case. All runs have the same batches, as many as the time allows at the rate that
+``speed`` has measured; they are compiled where there is time for it. Run folders, curves.csv and
+pictures stay in OUT_DIR/training.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -22,12 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from report.tables import write_csv
+from runtime.config import AUTO
 from runtime.metrics import FILE_NAME, read_metrics
+from scripts import bench_train
 from scripts.gpu_parts import ROOT, Part, Row, toy
-from scripts.gpu_speed import BATCH, step_seconds
+from scripts.gpu_plan import BATCH
+from scripts.gpu_speed import step_seconds
 
 OPTIMIZERS = ("adamw", "mars_adamw", "muon")
-ROWS = 64  # sequences per update: 65,536 tokens
+ROWS = 16  # sequences per update, 16,384 tokens: in seconds of training updates are what is scarce
+SLOWER = 2.0  # an update that is not compiled, at most
+UPDATE = 0.02  # seconds of the slowest optimizer, where it was not measured
 STOP, DRAW = 5.0, 10.0  # seconds of an end on demand, and for the pictures
 START = {False: 12.0, True: 40.0}  # to the first step; compiled, with graphs of the evaluation too
 WORTH = 120.0  # seconds of a run from which on compiling gains more than it takes
@@ -57,15 +64,15 @@ def settings_of(part: Part) -> list[str]:
     speed = part.of("speed")
     found = [row for row in speed if (row["size"], row["setting"]) == ("small", "ours")]
     found = [row for row in found if "tokens_per_s" in row]
-    micro = found[0]["micro_batch"] if found and ROWS % found[0]["micro_batch"] == 0 else "auto"
+    micro = ROWS if found and found[0]["micro_batch"] >= ROWS else AUTO
     kernel = found[0]["attention"] if found else "auto"
     seconds = (part.left() - DRAW) / len(OPTIMIZERS)
     compile = seconds > WORTH
-    steps = steps_in(seconds - START[compile] - STOP, step_seconds(speed, "small", compile))
-    rows = ROWS
-    vocabulary, validation = 50257, 65536
     if part.smoke:
         micro, rows, steps, vocabulary, validation, compile = 2, 4, 10, 500, 1024, False
+    else:
+        steps = steps_in(seconds - START[compile] - STOP, update_seconds(part, compile))
+        rows, vocabulary, validation = ROWS, 50257, 65536
     return [
         *("model=gpt2_small", f"model.vocab_size={vocabulary}", *toy(part.smoke)),
         *(f"train.device={part.device.type}", f"train.compile={str(compile).lower()}"),
@@ -77,12 +84,36 @@ def settings_of(part: Part) -> list[str]:
     ]
 
 
-def steps_in(seconds: float, measured: tuple[float, float] | None) -> int:
-    """Updates of `ROWS` sequences; a rate that is not known is taken to be low. A step has the
-    optimizer's whole work for a part of the tokens, and a fifth is left for evaluations."""
-    whole, optimizer = measured or (5.0, 0.01)
-    step = (whole - optimizer) * ROWS / BATCH + 3 * optimizer
-    return max(20, int(0.8 * seconds / step))
+def steps_in(seconds: float, update: float) -> int:
+    """A fifth of the time is left for evaluations."""
+    return max(20, int(0.8 * seconds / update))
+
+
+def update_seconds(part: Part, compile: bool) -> float:
+    """Of `ROWS` sequences with the slowest of the optimizers: by what `speed` has measured, if need
+    be of the step that is compiled in the other way, or else measured now, uncompiled."""
+    speed = part.of("speed")
+    found = step_seconds(speed, "small", compile)
+    if found is None and (other := step_seconds(speed, "small", not compile)):
+        found = (SLOWER * other[0], other[1]) if not compile else other
+    if found is None:
+        with contextlib.redirect_stdout(sys.stderr):  # its table, into the log
+            (row,) = bench_train.run([
+                *("--models", "gpt2_small", "--micro-batches", str(ROWS), "--accumulation", "1"),
+                *("--warm-up", "1", "--steps", "2", "--repeat", "1", "--device", part.device.type),
+                *toy(part.smoke),
+            ])  # fmt: skip
+        if "error" in row:
+            raise RuntimeError(row["error"])
+        part.clear()
+        found = 1e-3 * row["step_ms"] * BATCH / ROWS, 1e-3 * row["optimizer_ms"]
+    whole, own = found
+    known = [
+        1e-3 * row["ms"]
+        for row in part.of("optimizers")
+        if row["size"] == "small" and row.get("optimizer") in OPTIMIZERS and "ms" in row
+    ]
+    return (whole - own) * ROWS / BATCH + SLOWER * max(known, default=UPDATE)
 
 
 def train(run: Path, settings: list[str], limit: float) -> Row:
