@@ -80,14 +80,11 @@ def main(tree: DictConfig) -> None:
 def train(config: Config, run: Run, processes: Processes, guard: Guard) -> dict[str, Any]:
     """Run from where the run directory stands to the last step; returns the run's summary."""
     # ---- build: every mistake that can be found is found here, before the first step
-    guard.pause(0, "building")
     every, device = config.train, Device.choose(config.train, processes)
     corpus = processes.first_then_all(lambda: open_corpus(config.data))
     processes.agree({"fingerprint": corpus.fingerprint}, "tokens (data.files, data.dir)")
     family, shape = MODELS[config.model["name"]], model_config(config, corpus.tokenizer.vocab_size)
     corpus.check_vocab(shape.vocab_size)
-    if every.compile:  # a sweep's trial before this one compiled with its own kernels
-        torch.compiler.reset()
     torch.manual_seed(config.seed)
     model = device.prepare(family.network(shape), every)
     if config.model["init_from"] is not None and run.start is None:
@@ -114,9 +111,8 @@ def train(config: Config, run: Run, processes: Processes, guard: Guard) -> dict[
     loader = corpus.loader(order, rows=own, pin_memory=pin)
     settle_kernels(every, run, processes, device, shape, optimizer)
     settle_micro_batch(every, run, parallel, optimizer, device, shape.context)
-    count = accumulation(every, processes.size)
-    check_micro_batches(config.parallel, processes, count)
-    rows = every.global_batch // processes.size // count
+    check_micro_batches(config.parallel, processes, accumulation(every, processes.size))
+    rows = every.global_batch // processes.size // accumulation(every, processes.size)
     validation = Validation(corpus.val, shape.context, every.eval_tokens, rows)
     hellaswag = DuringTraining(config.eval.hellaswag, every, corpus.tokenizer)
     lr_schedule = schedule(config)
@@ -159,10 +155,9 @@ def train(config: Config, run: Run, processes: Processes, guard: Guard) -> dict[
                 break
             if step > first:  # the first step may compile
                 guard.beat(step, "update")
-            parts = (forward, optimizer, lr_schedule, loader, device, parallel)
-            figures = update(config, step, *parts)
+            found = update(config, step, forward, optimizer, lr_schedule, loader, device, parallel)
             record.settle(step)  # figures of the step before, while the GPU is at this one
-            record.expect(figures)
+            record.expect(found)
             step += 1
             after_step(step)
         checkpoints.wait()

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from runtime.cli import MISTAKES, output
 from runtime.config import Config, accumulation, flatten
 from runtime.errors import ConfigError
@@ -53,6 +55,9 @@ def together(config: Config) -> Iterator[tuple[Run, Processes, Guard]]:
             terminal = apart.terminal
         folder, timeout = run.dir / ERRORS, config.parallel.timeout
         with Guard(processes.rank, processes.size, folder, timeout, terminal, MISTAKES) as guard:
+            guard.pause(0, "building")
+            if config.train.compile:  # a sweep's trial before this one did so with its own kernels
+                torch.compiler.reset()
             yield run, processes, guard
     finally:
         run.close()
